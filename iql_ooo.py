@@ -1,0 +1,1649 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "numpy==2.4.6",
+#     "gymnasium==1.4.0",
+#     "gymnasium-robotics==1.4.2",
+#     "mujoco==3.3.7",
+#     "minari[hdf5,hf]==0.5.4",
+#     "tyro==1.0.17",
+#     "tqdm==4.70.1",
+#     "psutil==7.2.2",
+#     "imageio==2.38.1",
+#     "imageio-ffmpeg==0.8.1",
+#     "wandb==0.31.0",
+# ]
+# ///
+"""OOO (IQL): explore with an optimistic IQL + RND policy, then retrain a pessimistic IQL offline on all the data.
+
+Paper: "Offline Retraining for Online RL: Decoupled Policy Learning to Mitigate Exploration Bias", arXiv 2310.08558,
+Algorithm 1. IQL: arXiv 2110.06169. RND: arXiv 1810.12894.
+
+    python iql_ooo.py --env-id hammer-truncated-expert-v1 --seed 3              # IQL + RND, and OOO (Tables 1 and 2)
+    python iql_ooo.py --env-id pen-binary-v0 --intrinsic-reward-scale 0 --exp-name iql       # plain IQL, and OOO on it
+    python iql_ooo.py --env-id maze2d-missing-data-large-v1 --scale 0.01                     # every budget x 0.01
+    python iql_ooo.py --eval-only runs/pen-binary-v0__iql_ooo__1 --episodes 100 --video      # the saved policy
+  Ablations of the exploitation phase, on the data of a finished run:
+    python iql_ooo.py --exploit-only runs/pen-binary-v0__iql_ooo__1 --retrain-frozen-rnd --exp-name frozen_rnd  # Fig. 3
+    python iql_ooo.py --exploit-only runs/pen-binary-v0__iql_ooo__1 --retrain-algorithm td3 --exp-name ooo_td3  # Fig. 5
+    python iql_ooo.py --exploit-only runs/kitchen-mixed-v0__iql_ooo__1 --retrain-upsample 0 --exp-name no_up   # Fig. 11
+    python iql_ooo.py --exploit-only runs/pen-binary-v0__iql_ooo__1 --warm-start --exp-name warm               # Fig. 13
+    python iql_ooo.py --env-id pen-binary-v0 --sync --exp-name sync                                            # Fig. 14
+
+Choices where paper and official code differ or are silent (numbers in brackets: reference list in README):
+ 1. AWR weight exp(temperature * advantage), as the code and Table 4's values mean it; eq. 3 divides by beta.
+ 2. Hammer: exploration 0.7 / dropout 0 / log_std_min -2, exploitation 0.8 / 0.1 / -5 (code; Table 4 says 0.8 / 0).
+ 3. Q targets are clipped in the exploitation phase (code; --no-retrain-q-bounds), from the rewards in its data; in
+    exploration only on binary Adroit, to r in [-1, 5] (code; --q-reward-bounds).
+ 4. Intrinsic reward of s': largest squared feature error (code; --rnd-reward l2 is the paper's squared norm).
+ 5. RND layers (512, 512), the last one linear (code; --rnd-hidden-dims 512 512 512 is the paper's wording).
+ 6. The buffer is append-only and holds all data; the code's ring overwrites the offline data on four tasks.
+ 7. Kitchen masks come from the raw reward (0 where all 4 tasks are solved) in both phases; the code forgets this in
+    exploitation. Offline rewards count the tasks that hold now, as recorded (--kitchen-cumulative: ever completed).
+ 8. Upsampling (--retrain-upsample rows a batch) per task as the code; on maze2d as the paper, where the code cannot
+    run; with no high reward in the data it is off, with a message (code: trains on a shorter batch, or stops).
+ 9. Retraining for t uses exactly D_off + D_on[:t] but runs when the episode under way has ended, so that a checkpoint
+    never has to hold a half-played episode.
+10. Today's packages: README, "Data and environments" (signs, horizons, mazes, goals, noise).
+"""
+
+import difflib
+import hashlib
+import io
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, suppress
+from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Literal, NoReturn
+
+import gymnasium as gym
+import numpy as np
+import psutil
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import nn
+from tqdm import tqdm
+
+# === arguments ===
+
+
+@dataclass
+class Args:
+    # --- experiment ---
+    env_id: str = "hammer-truncated-expert-v1"
+    """Task of the paper: one of the nine with offline data."""
+    seed: int = 1
+    """Seed of everything random in the run."""
+    exp_name: str = Path(__file__).stem
+    """Middle part of the run directory's name."""
+    runs_dir: str = "runs"
+    """Folder of the run directories."""
+    scale: float = 1.0
+    """Multiplies every budget and interval (steps, not episodes or batch size)."""
+    device: str = "auto"
+    """auto (cuda if there is one), cpu, cuda or cuda:N."""
+    torch_threads: int = 1
+    """CPU threads of torch; several runs side by side use a machine better than one run with many threads."""
+    matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"
+    """torch.set_float32_matmul_precision; auto takes medium where a test product shows it to be exact float32."""
+    compile: bool = False
+    """Wrap the updates in torch.compile."""
+    cudagraphs: bool = False
+    """Replay the updates as CUDA graphs (cuda only)."""
+    resume: bool = False
+    """Continue the run of the same name from its last checkpoint."""
+    exploit_only: str = ""
+    """RUN_DIR of a finished run: repeat its retraining phase on its data, with other settings, as a new run."""
+    eval_only: str = ""
+    """RUN_DIR of a run: evaluate its last exploitation policy, train nothing."""
+    video: bool = False
+    """With --eval-only: also record the first episodes as mp4 (MUJOCO_GL=osmesa or egl where there is no display)."""
+    # --- task and data ---
+    dataset_id: tuple[str, ...] = ()
+    """Minari ids, each optionally ID:N for its first N episodes. Default: the task's published datasets."""
+    dataset_path: str = ""
+    """An .npz with D4RL's keys (observations, actions, rewards, terminals, timeouts) instead of Minari data."""
+    truncate_episodes: int = 0
+    """Keep the first N transitions of every offline episode (0: all)."""
+    data_subset: int = 0
+    """Keep N random offline transitions (0: all); drawn before discs are removed."""
+    remove_discs: tuple[tuple[float, float, float], ...] = ()
+    """Discs X Y RADIUS ... in maze coordinates; offline transitions whose observation lies inside one are removed."""
+    kitchen_cumulative: bool = False
+    """Kitchen offline rewards count tasks ever completed, as online, instead of tasks that hold now."""
+    reward_scale: float = 1.0
+    """Sampled rewards are (r + reward_bias) * reward_scale; stored rewards stay raw."""
+    reward_bias: float = 0.0
+    """See reward_scale."""
+    mask_reward: float | None = None
+    """If set, masks are 0 exactly where the raw reward equals this (kitchen: 4), else from terminations."""
+    # --- phases ---
+    offline_steps: int = 500_000
+    """Pretraining: gradient steps on D_off."""
+    online_steps: int = 500_000
+    """Online phase: environment steps, one gradient step each."""
+    retrain_at: tuple[int, ...] = (250_000, 500_000)
+    """Environment steps t for which an exploitation policy is trained on D_off + D_on[:t]; empty for none."""
+    retrain_steps: int = 2_000_000
+    """Gradient steps of one retraining."""
+    eval_every: int = 50_000
+    """Steps of the phase under way between evaluations."""
+    eval_episodes: Annotated[int, tyro.conf.arg(aliases=["--episodes"])] = 100
+    """Episodes of one evaluation."""
+    # --- optimisation ---
+    batch_size: int = 256
+    """Transitions of one gradient step."""
+    learning_rate: float = 3e-4
+    """Adam's rate for actor, critic and value."""
+    gamma: float = 0.99
+    """Discount."""
+    tau: float = 0.005
+    """Polyak rate of the target critic, per gradient step."""
+    hidden_dims: tuple[int, ...] = (256, 256)
+    """Hidden layers of actor, critic and value."""
+    # --- IQL, exploration (and exploitation where its own value is unset) ---
+    expectile: float = 0.7
+    """IQL's tau in (0.5, 1): closer to 1 means closer to a max over actions."""
+    temperature: float = 3.0
+    """Multiplies the advantage in exp(temperature * A); the paper's beta (Table 4)."""
+    dropout: float = 0.0
+    """Dropout rate of the actor's hidden layers, in the actor loss only."""
+    log_std_min: float = -5.0
+    """Lower clip of the policy's log standard deviation (upper: 2)."""
+    q_reward_bounds: tuple[float, float] | None = None
+    """Exploration's Q targets are clipped to these rewards / (1 - gamma); None: not clipped."""
+    # --- exploitation (offline retraining) ---
+    retrain_algorithm: Literal["iql", "td3"] = "iql"
+    """td3: the authors' simplified TD3 (Fig. 5), whose Q values explode offline."""
+    retrain_expectile: float | None = None
+    """Expectile of the exploitation agent (unset: expectile)."""
+    retrain_dropout: float | None = None
+    """Dropout of the exploitation agent (unset: dropout)."""
+    retrain_log_std_min: float | None = None
+    """log_std_min of the exploitation agent (unset: log_std_min)."""
+    retrain_q_bounds: bool = True
+    """Clip Q targets to [min, max] reward of the data / (1 - gamma)."""
+    retrain_frozen_rnd: bool = False
+    """Add the intrinsic reward of the RND as it stood at time t, never updated (Fig. 3 right)."""
+    retrain_upsample: int = 0
+    """Rows of each batch drawn from the high-reward data (section 4.2, Fig. 11); 0: uniform sampling."""
+    upsample_reward: float = 1.0
+    """A raw reward of at least this is high."""
+    upsample_trajectories: bool = False
+    """High-reward data are whole trajectories that reach upsample_reward, instead of single transitions."""
+    warm_start: bool = False
+    """Start from the previous retraining's networks instead of from scratch (Fig. 13)."""
+    sync: bool = False
+    """After each retraining the exploration agent continues as the exploitation agent (Fig. 14)."""
+    # --- RND ---
+    intrinsic_reward_scale: float = 0.5
+    """Coefficient of the intrinsic reward; 0 is plain IQL, without RND."""
+    rnd_reward: Literal["max", "l2"] = "max"
+    """max over features of the squared error (code), or their sum (paper)."""
+    rnd_hidden_dims: tuple[int, ...] = (512, 512)
+    """Layers of predictor and target, the last one linear."""
+    rnd_learning_rate: float = 1e-4
+    """Adam's rate for the predictor."""
+    rnd_update_proportion: float = 0.25
+    """Share of each batch that trains the predictor."""
+    # --- logging and checkpoints ---
+    log_every: int = 1_000
+    """Steps between records of losses and of the intrinsic reward."""
+    checkpoint_every: int = 10_000
+    """Steps between checkpoints; online at the next end of an episode."""
+    track: bool = False
+    """Send metrics to wandb as well."""
+    wandb_project: str = "ooo"
+    """wandb project."""
+    wandb_mode: Literal["online", "offline", "disabled"] = "online"
+    """wandb mode."""
+
+
+BUDGETS = ("offline_steps", "online_steps", "retrain_at", "retrain_steps", "eval_every", "log_every", "checkpoint_every")
+NOT_SETTINGS = ("resume", "track", "wandb_project", "wandb_mode", "runs_dir", "video")  # may change at --resume
+
+# Overrides of Args per task, from the official IQL configs (Table 4 where they agree; see the numbered list).
+ADROIT_BINARY = dict(
+    offline_steps=25_000, online_steps=1_000_000, retrain_at=(250_000, 500_000, 750_000, 1_000_000),
+    expectile=0.8, dropout=0.1, q_reward_bounds=(-1.0, 5.0),
+)  # fmt: skip
+KITCHEN = dict(
+    offline_steps=1_000_000, online_steps=4_000_000, retrain_at=(1_000_000, 2_000_000, 3_000_000, 4_000_000),
+    temperature=0.5, dropout=0.1, reward_bias=-4.0, mask_reward=4.0, intrinsic_reward_scale=10.0,
+    retrain_upsample=8, upsample_reward=4.0, upsample_trajectories=True,
+)  # fmt: skip
+MAZE = dict(reward_bias=-1.0, expectile=0.9, intrinsic_reward_scale=10.0, retrain_upsample=8)
+TASKS = {
+    "pen-binary-v0": ADROIT_BINARY,
+    "door-binary-v0": ADROIT_BINARY,
+    "relocate-binary-v0": ADROIT_BINARY,
+    "kitchen-partial-v0": KITCHEN,
+    "kitchen-mixed-v0": KITCHEN,
+    "kitchen-complete-v0": KITCHEN,
+    "antmaze-goal-missing-large-v2": dict(
+        MAZE, temperature=10.0, online_steps=2_000_000, remove_discs=((14.0, -12.0, 2.5),),
+        retrain_at=(500_000, 750_000, 1_000_000, 1_250_000, 1_500_000),
+    ),  # fmt: skip
+    "maze2d-missing-data-large-v1": dict(
+        # Goal, top-left and bottom-left of the drawn map (section 5.2; where the corners lie is not published).
+        MAZE, data_subset=500_000, remove_discs=((3.5, -3.0, 1.5), (-4.5, 3.0, 1.5), (-4.5, -3.0, 2.0)),
+    ),  # fmt: skip
+    "hammer-truncated-expert-v1": dict(
+        offline_steps=50_000, truncate_episodes=20, log_std_min=-2.0,
+        retrain_expectile=0.8, retrain_dropout=0.1, retrain_log_std_min=-5.0,
+    ),  # fmt: skip
+}
+
+
+def parse_args(argv=None):
+    """Args < the task's row < settings of the --exploit-only or --eval-only run < command line; then --scale."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    first = tyro.cli(Args, args=[a for a in argv if a not in ("-h", "--help")])
+    if source := first.exploit_only or first.eval_only:
+        saved = Args(**read_config(source)["args"])
+        # The source's intervals and budgets are kept; its name must not be taken, so the script's own is the default.
+        default = replace(saved, exp_name=Args.exp_name, runs_dir=Args.runs_dir, resume=False, track=False)
+    else:
+        if first.env_id not in TASKS:
+            near = difflib.get_close_matches(first.env_id, TASKS, n=1, cutoff=0.0)[0]
+            fail(f"unknown --env-id {first.env_id!r}; did you mean {near}? Tasks: {', '.join(TASKS)}")
+        default = Args(**{"env_id": first.env_id, **TASKS[first.env_id]})
+    args = tyro.cli(Args, args=argv, default=default, description=__doc__)
+    scaled = {}
+    for name in BUDGETS:
+        value = getattr(args, name)
+        times = lambda steps: max(1, round(steps * args.scale)) if steps else 0  # noqa: E731
+        scaled[name] = tuple(map(times, value)) if isinstance(value, tuple) else times(value)
+    return replace(args, **scaled, scale=1.0)
+
+
+def check_args(args):
+    """Exit 2 with one line for values that cannot work together."""
+    bad_t = [t for t in args.retrain_at if not 0 < t <= args.online_steps]
+    if bad_t:
+        fail(f"--retrain-at {bad_t[0]} lies outside the online budget of {args.online_steps} steps (--online-steps)")
+    if list(args.retrain_at) != sorted(set(args.retrain_at)):
+        fail(f"--retrain-at must rise: {' '.join(map(str, args.retrain_at))}")
+    if args.retrain_upsample > args.batch_size:
+        fail(f"--retrain-upsample {args.retrain_upsample} is more than --batch-size {args.batch_size}")
+    if args.retrain_frozen_rnd and not args.intrinsic_reward_scale:
+        fail("--retrain-frozen-rnd needs an exploration run with RND; set --intrinsic-reward-scale above 0")
+    if args.sync and (args.retrain_algorithm == "td3" or args.exploit_only):
+        fail("--sync needs an online phase and --retrain-algorithm iql: the exploration agent takes over its value")
+    if args.cudagraphs and torch.device(pick_device(args.device)).type != "cuda":
+        fail("--cudagraphs needs a CUDA device; leave it out on the CPU")
+    for name in ("seed", "torch_threads", "eval_episodes", "batch_size", "log_every", "eval_every", "checkpoint_every"):
+        if getattr(args, name) < (0 if name == "seed" else 1):
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} is too small")
+
+
+# === shared block: run directory and metrics ===
+def fail(message, code=2) -> NoReturn:
+    """Say in one line on stderr what was wrong and what to do, and exit."""
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def derive_seed(seed, *keys):
+    """An independent 32-bit seed for each (seed, keys...) of non-negative integers."""
+    return int(np.random.SeedSequence([seed, *keys]).generate_state(1)[0])
+
+
+def pick_device(name):
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def setup_torch(args):
+    """Device, threads, matmul precision and seed; returns (device, precision that was chosen)."""
+    try:
+        device = torch.device(pick_device(args.device))
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {args.device}: {str(error).splitlines()[0]}")
+    torch.set_num_threads(args.torch_threads)
+    torch.manual_seed(args.seed)
+    precision = args.matmul_precision
+    if precision == "auto":
+        # On CPUs without bf16 units "medium" picks a faster kernel that is still exact float32; elsewhere it rounds.
+        generator = torch.Generator().manual_seed(0)
+        a, b = (torch.randn(256, 256, generator=generator) for _ in range(2))
+        torch.set_float32_matmul_precision("medium")
+        error = ((a @ b).double() - a.double() @ b.double()).norm() / (a.double() @ b.double()).norm()
+        precision = "medium" if device.type == "cpu" and error < 1e-6 else "highest"
+    torch.set_float32_matmul_precision(precision)
+    return device, precision
+
+
+def read_config(run_dir):
+    """config.json of a run; exit 2 if RUN_DIR is not a run directory."""
+    path = Path(run_dir) / "config.json"
+    try:
+        config = json.loads(path.read_text())
+        return {**config, "args": dict(config["args"])}
+    except OSError as error:
+        fail(f"{run_dir} is not a run directory: cannot read {path.name} ({error.strerror}); give the folder of a run")
+    except (ValueError, KeyError, TypeError):
+        fail(f"{path} is not the config of a run; give the folder of a run")
+
+
+def provenance(device, precision):
+    """What a number needs beside it: versions, commit, hardware, command."""
+    packages = ("torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari")
+    commit = None
+    with suppress(OSError, subprocess.SubprocessError):
+        here = Path(__file__).resolve().parent
+        git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"],
+                             capture_output=True, text=True, timeout=10)  # fmt: skip
+        commit = git.stdout.strip() or None
+    cpu = platform.processor() or platform.machine()
+    with suppress(OSError):
+        cpu = next((x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), cpu)
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": commit,
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
+        "hardware": {
+            "cpu": cpu,
+            "cores": os.cpu_count(),
+            "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+            "threads": torch.get_num_threads(),
+            "matmul_precision": precision,
+        },
+    }
+
+
+class Run:
+    """A run directory: config.json, metrics.jsonl and evals.jsonl (the same bytes for the same seed on the same
+    machine), timing.jsonl (what differs each time: wall-clock seconds, steps per second)."""
+
+    FILES = ("metrics.jsonl", "evals.jsonl")
+
+    def __init__(self, path, config, track=None):
+        """track: keyword arguments of wandb.init, or None."""
+        self.path = Path(path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        atomic_write(self.path / "config.json", json.dumps(config, indent=1).encode())
+        self.files = {name: open(self.path / name, "ab") for name in (*self.FILES, "timing.jsonl")}
+        self.wandb = None
+        if track:
+            import wandb
+
+            run_id = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:16]
+            self.wandb = wandb.init(id=run_id, resume="allow", dir=self.path, name=self.path.name, config=config, **track)
+
+    def log(self, file, record):
+        """Append one record (a line of JSON) to a file, and to wandb."""
+        self.files[file].write(json.dumps(record).encode() + b"\n")
+        self.files[file].flush()
+        if self.wandb:
+            prefix = record["phase"] + "/"
+            self.wandb.log({prefix + k: v for k, v in record.items() if isinstance(v, (int, float))})
+
+    def offsets(self):
+        """Bytes of each reproducible file, on disk for good: where a checkpoint lets the files end."""
+        for name in self.FILES:
+            os.fsync(self.files[name].fileno())
+        return {name: self.files[name].tell() for name in self.FILES}
+
+    def truncate(self, offsets):
+        for name in self.FILES:
+            if os.path.getsize(self.path / name) < offsets[name]:
+                fail(f"{self.path / name} is shorter than its checkpoint says; the run cannot be resumed")
+            self.files[name].truncate(offsets[name])
+            self.files[name].seek(offsets[name])
+
+
+class NonFiniteLoss(Exception):
+    """A loss became NaN or infinite; the message names step and tensor."""
+
+
+class LossHistory:
+    """The scalars of every update since the last record, kept on the device so that no update waits for the host."""
+
+    def __init__(self):
+        self.names, self.rows = (), []
+
+    def add(self, losses):
+        """losses: dict of 0-d tensors, the same names every time."""
+        self.names = tuple(losses)
+        self.rows.append(torch.stack([value.detach().float() for value in losses.values()]))
+
+    def check(self, last_step):
+        """Raise NonFiniteLoss naming the first bad update; last_step is the step of the newest row."""
+        if not self.rows:
+            return None
+        table = torch.stack(self.rows).cpu()
+        bad = (~torch.isfinite(table)).nonzero()
+        if len(bad):
+            row, column = bad[0].tolist()
+            step = last_step - len(self.rows) + 1 + row
+            raise NonFiniteLoss(f"{self.names[column]} is {table[row, column].item()} at step {step}")
+        return table
+
+    def means(self, last_step):
+        """Mean of each scalar since the last call, after the check; {} when there was no update."""
+        table = self.check(last_step)
+        self.rows = []
+        return {} if table is None else dict(zip(self.names, table.double().mean(0).tolist(), strict=True))
+
+    def state_dict(self):
+        return {"names": list(self.names), "rows": torch.stack(self.rows).cpu() if self.rows else None}
+
+    def load_state_dict(self, state, device):
+        self.names = tuple(state["names"])
+        self.rows = [] if state["rows"] is None else list(state["rows"].to(device))
+
+
+# === end shared block: run directory and metrics ===
+
+
+# === shared block: environments ===
+@dataclass(frozen=True)
+class Task:
+    """A task of the paper on today's packages. score_range: D4RL's (random, expert) returns, None where the score is
+    something else (normalized_score). goal: maze coordinates (x, y) of the cell (row 7, column 9)."""
+
+    family: str
+    gym_id: str
+    horizon: int
+    datasets: tuple[str, ...]
+    kwargs: dict = field(default_factory=dict)
+    score_range: tuple[float, float] | None = None
+    goal: tuple[float, float] | None = None
+
+
+def _kitchen(*subtasks):
+    # Noise 0.1 is the level of the D4RL environment; the reward counts completed tasks, nothing terminates.
+    return dict(tasks_to_complete=list(subtasks), remove_task_when_completed=True,
+                terminate_on_tasks_completed=False, robot_noise_ratio=0.1, object_noise_ratio=0.1)  # fmt: skip
+
+
+_ABCD = _kitchen("microwave", "kettle", "light switch", "slide cabinet")
+_MIXED = _kitchen("microwave", "kettle", "bottom burner", "light switch")
+_MAZE = dict(continuing_task=True, reset_target=False)  # the wrapper owns goal, reward and termination
+# Adroit data: 90% of 25 demonstrations and of 500 rollouts of their clone, in file order, as the official IQL loads it.
+ENVIRONMENTS = {
+    "pen-binary-v0": Task("pen", "AdroitHandPen-v1", 100, ("D4RL/pen/human-v2:22", "D4RL/pen/cloned-v2:450")),
+    "door-binary-v0": Task("door", "AdroitHandDoor-v1", 200, ("D4RL/door/human-v2:22", "D4RL/door/cloned-v2:450")),
+    "relocate-binary-v0": Task(
+        "relocate", "AdroitHandRelocate-v1", 200, ("D4RL/relocate/human-v2:22", "D4RL/relocate/cloned-v2:450")),
+    "kitchen-partial-v0": Task("kitchen", "FrankaKitchen-v1", 1000, ("D4RL/kitchen/partial-v2",), _ABCD),
+    "kitchen-mixed-v0": Task("kitchen", "FrankaKitchen-v1", 1000, ("D4RL/kitchen/mixed-v2",), _MIXED),
+    "kitchen-complete-v0": Task("kitchen", "FrankaKitchen-v1", 1000, ("D4RL/kitchen/complete-v2",), _ABCD),
+    "antmaze-goal-missing-large-v2": Task(
+        "antmaze", "AntMaze_Large-v5", 1000, ("D4RL/antmaze/large-diverse-v1",),
+        dict(_MAZE, include_cfrc_ext_in_observation=False), (0.0, 1.0), (14.0, -12.0)),
+    "maze2d-missing-data-large-v1": Task(
+        "maze2d", "PointMaze_Large-v3", 800, ("D4RL/pointmaze/large-v2",), _MAZE, (6.7, 273.99), (3.5, -3.0)),
+    "hammer-truncated-expert-v1": Task(
+        "hammer", "AdroitHandHammer-v1", 200, ("D4RL/hammer/expert-v2",), {}, (-274.856578, 12794.134825156867)),
+}  # fmt: skip
+GOAL_RADIUS = 0.5  # D4RL's in both mazes; gymnasium-robotics uses 0.45
+ANTMAZE_DATA_GOAL_OFFSET = (0.75, -0.75)  # mean of the goals drawn by TaskEnv.reset
+
+
+def flatten_observation(task, obs):
+    """Today's observation (array, or dict of arrays with leading axes) as D4RL's vector, float32."""
+    if task.family == "kitchen":  # robot qpos 9, object qpos 21; without velocities and without the constant goal
+        obs = np.concatenate([obs["observation"][..., 0:9], obs["observation"][..., 18:39]], axis=-1)
+    elif task.family == "antmaze":
+        obs = np.concatenate([obs["achieved_goal"], obs["observation"][..., :27]], axis=-1)
+    elif task.family == "maze2d":
+        obs = obs["observation"]
+    return np.asarray(obs, dtype=np.float32)
+
+
+def task_reward(task, next_obs, reward, goal=None):
+    """(reward, success) of the paper's task for transitions into next_obs (..., obs_dim), reward as the package gives
+    it (...). Kitchen's reward must already count tasks. Formulas: D4RL and mj_envs."""
+    o = next_obs
+    if task.family == "pen":
+        success = (np.linalg.norm(o[..., 39:42], axis=-1) < 0.075) & ((o[..., 33:36] * o[..., 36:39]).sum(-1) > 0.95)
+    elif task.family == "door":
+        success = o[..., 28] >= 1.35
+    elif task.family == "relocate":
+        success = np.linalg.norm(o[..., 36:39], axis=-1) < 0.1
+    elif task.family == "kitchen":
+        return reward, reward == 4
+    elif task.family == "hammer":
+        # gymnasium-robotics 1.2.1 to 1.4.2 add 0.1 |palm - hammer|, D4RL subtracts it. Only success pays +100.
+        reward = reward - 0.2 * np.linalg.norm(o[..., 33:36] - o[..., 36:39], axis=-1)
+        return reward, reward > 50
+    else:
+        success = np.linalg.norm(o[..., :2] - np.asarray(goal), axis=-1) <= GOAL_RADIUS
+        return success.astype(np.float64), success
+    return success - 1.0, success
+
+
+class TaskEnv(gym.Wrapper):
+    """The paper's task: D4RL's observation, reward, termination (antmaze only, at the goal) and start states.
+    Every reset(seed=...) depends on the seed alone. info["success"] is the success of this step."""
+
+    def __init__(self, env, task):
+        super().__init__(env)
+        self.task, self.rng, self.goal = task, np.random.default_rng(0), None
+        obs = flatten_observation(task, env.observation_space.sample())
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, obs.shape, np.float32)
+        if task.family == "antmaze":  # D4RL's noise: +-0.1 on position and joints, N(0, 0.1^2) on velocities
+            env.unwrapped.position_noise_range, env.unwrapped.ant_env._reset_noise_scale = 0.0, 0.1
+        elif task.family == "maze2d":
+            env.unwrapped.position_noise_range = 0.1
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.rng = np.random.default_rng(seed)
+        options = dict(options or {})
+        if self.task.goal:
+            self.goal, start = np.array(self.task.goal), (1, 1)
+            if self.task.family == "antmaze":  # D4RL draws the (unobserved) goal anew for each episode
+                offset = self.rng.uniform(0, 1, 2) + self.rng.uniform(0, 0.5, 2)
+                self.goal = self.goal + offset * (1, -1)
+            else:  # any of the 46 free cells, the goal's included
+                free = [(i, j) for i, row in enumerate(self.unwrapped.maze.maze_map)
+                        for j, cell in enumerate(row) if cell != 1]  # fmt: skip
+                start = free[self.rng.integers(len(free))]
+            options |= {"goal_cell": np.array([7, 9]), "reset_cell": np.array(start)}
+        obs, info = self.env.reset(seed=seed, options=options or None)
+        if self.task.family == "maze2d":
+            point = self.unwrapped.point_env
+            point.set_state(point.data.qpos.copy(), 0.1 * self.rng.standard_normal(2))
+            obs = {**obs, "observation": np.concatenate([point.data.qpos, point.data.qvel])}
+        return flatten_observation(self.task, obs), {"success": False}
+
+    def step(self, action):
+        obs, reward, _, truncated, info = self.env.step(action)
+        obs = flatten_observation(self.task, obs)
+        if self.task.family == "kitchen":
+            reward = float(len(info["episode_task_completions"]))
+        reward, success = task_reward(self.task, obs, reward, self.goal)
+        terminated = self.task.family == "antmaze" and bool(success)
+        return obs, float(reward), terminated, truncated, {"success": bool(success)}
+
+
+def make_env(env_id, render_mode=None):
+    """The task's environment; actions in [-1, 1]."""
+    task = ENVIRONMENTS[env_id]
+    with redirect_stderr(io.StringIO()):  # the package prints a notice about the sign that task_reward corrects
+        import gymnasium_robotics
+
+        gym.logger.min_level = gym.logger.ERROR
+        gym.register_envs(gymnasium_robotics)
+        env = gym.make(task.gym_id, max_episode_steps=task.horizon, render_mode=render_mode,
+                       disable_env_checker=True, **task.kwargs)  # fmt: skip
+    return TaskEnv(env, task)
+
+
+def normalized_score(task, episode):
+    """The paper's number for one episode (dict of evaluate): success, kitchen tasks / 4, or D4RL's score, x 100."""
+    if task.family == "kitchen":
+        return 100.0 * episode["max_reward"] / 4
+    if task.score_range is None:
+        return 100.0 * episode["success"]
+    low, high = task.score_range
+    return 100.0 * (episode["return"] - low) / (high - low)
+
+
+# === end shared block: environments ===
+
+
+# === shared block: dataset ===
+def open_minari(dataset_id):
+    """A Minari dataset from the local store, or downloaded if the server answers; else exit 2."""
+    import minari
+
+    root = os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets"
+    if (Path(root) / dataset_id / "data").exists():
+        return minari.load_dataset(dataset_id)
+    try:
+        import urllib.request
+
+        from huggingface_hub import constants
+
+        urllib.request.urlopen(constants.ENDPOINT, timeout=5).close()  # one quick try; minari itself retries for long
+        with redirect_stderr(io.StringIO()):
+            return minari.load_dataset(dataset_id, download=True)
+    except Exception as error:  # whatever the server, the client or the id did wrong, the remedy is the same
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        fail(f"dataset {dataset_id} is not in the local store {root} and cannot be downloaded ({reason}); set "
+             f"MINARI_DATASETS_PATH to a store that has it, or run `minari download {dataset_id}` on a machine with "
+             f"network and copy it, or give --dataset-id or --dataset-path")  # fmt: skip
+
+
+def read_minari(task, dataset_ids, kitchen_cumulative):
+    """Transitions of Minari datasets ('ID' or 'ID:N' episodes), episode after episode, rewards as stored (kitchen:
+    counted from the goals). An episode that an earlier dataset already holds is not taken again."""
+    columns, seen = {}, set()
+    for spec in dataset_ids:
+        dataset_id, _, limit = spec.partition(":")
+        if limit and not limit.isdigit():
+            fail(f"--dataset-id {spec}: what follows the colon must be a number of episodes")
+        taken, here = 0, set()
+        for episode in open_minari(dataset_id).iterate_episodes():
+            digest = hashlib.sha256(np.ascontiguousarray(episode.actions).tobytes()).digest()
+            here.add(digest)
+            if digest in seen or (limit and taken >= int(limit)):
+                continue
+            taken += 1
+            rewards = np.asarray(episode.rewards, np.float64)
+            try:
+                observations = flatten_observation(task, episode.observations)
+                if task.family == "kitchen":
+                    achieved, desired = episode.observations["achieved_goal"], episode.observations["desired_goal"]
+                    done = np.stack([np.linalg.norm(achieved[t][1:] - desired[t][1:], axis=-1) < 0.3
+                                     for t in task.kwargs["tasks_to_complete"]])  # fmt: skip
+                    rewards = (np.maximum.accumulate(done, axis=1) if kitchen_cumulative else done).sum(0)
+            except (KeyError, IndexError, TypeError) as error:
+                fail(f"dataset {dataset_id} has not the observations of {task.gym_id} ({error!r}); "
+                     "give a dataset of this task")  # fmt: skip
+            rows = dict(observations=observations[:-1], actions=episode.actions, rewards=rewards,
+                        next_observations=observations[1:], terminations=episode.terminations,
+                        episodes=np.full(len(rewards), len(columns.get("episodes", ()))))  # fmt: skip
+            for name, value in rows.items():
+                columns.setdefault(name, []).append(value)
+        seen |= here
+    if not columns:
+        fail(f"no episode in {' '.join(dataset_ids)}; give another --dataset-id")
+    return {name: np.concatenate(parts) for name, parts in columns.items()}
+
+
+def read_npz(path, keep_terminals):
+    """Transitions of an .npz with D4RL's keys. Without next_observations the last step of an episode, whose successor
+    was not recorded, is dropped, unless it is a true terminal (keep_terminals)."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            data = {name: file[name] for name in file.files}
+    except (OSError, ValueError) as error:
+        fail(f"--dataset-path {path} cannot be read as .npz without pickle ({error})")
+    missing = [k for k in ("observations", "actions", "rewards", "terminals") if k not in data]
+    if missing:
+        fail(f"--dataset-path {path} has no {', '.join(missing)}; D4RL's keys are needed")
+    n = len(data["rewards"])
+    wrong = [k for k, v in data.items() if k in ("observations", "actions", "terminals", "timeouts") and len(v) != n]
+    if wrong or n < 2:
+        fail(f"--dataset-path {path}: {wrong[0] if wrong else 'rewards'} and rewards must have the same length (> 1)")
+    terminations = data["terminals"].astype(bool).reshape(n)
+    ends = terminations | (data["timeouts"].astype(bool).reshape(n) if "timeouts" in data else False)
+    columns = dict(observations=data["observations"], actions=data["actions"], rewards=data["rewards"].reshape(n),
+                   terminations=terminations, episodes=np.concatenate([[0], np.cumsum(ends)[:-1]]))  # fmt: skip
+    if "next_observations" in data:
+        columns["next_observations"] = data["next_observations"]
+        return columns
+    columns["next_observations"] = np.where(ends[:, None], data["observations"], np.roll(data["observations"], -1, 0))
+    keep = ~ends | (terminations & keep_terminals)
+    keep[-1] &= ends[-1]
+    return {name: value[keep] for name, value in columns.items()}
+
+
+def load_dataset(env_id, env, *, dataset_ids=(), dataset_path="", truncate_episodes=0, data_subset=0, remove_discs=(),
+                 kitchen_cumulative=False, seed=0):  # fmt: skip
+    """The task's offline data and a report. Returns ({column: float32 array (n, ...)}, dict). Columns: observations,
+    actions, rewards (raw), next_observations, terminations, episodes (index of the episode). Order: read, check,
+    truncate, relabel, subset, remove discs."""
+    task = ENVIRONMENTS[env_id]
+    if dataset_path:
+        data = read_npz(dataset_path, task.family == "antmaze")
+    else:
+        data = read_minari(task, dataset_ids or task.datasets, kitchen_cumulative)
+    source = dataset_path or " + ".join(dataset_ids or task.datasets)
+    spaces = {"observations": env.observation_space.shape, "next_observations": env.observation_space.shape,
+              "actions": env.action_space.shape}  # fmt: skip
+    for name, shape in spaces.items():
+        if data[name].shape[1:] != shape:
+            fail(f"{source}: {name} have shape {data[name].shape[1:]}, {env_id} needs {shape}; give a dataset of it")
+    data = {name: np.asarray(value, np.float32) for name, value in data.items()}
+    for name, value in data.items():
+        if not np.isfinite(value).all():
+            rows = (~np.isfinite(value)).reshape(len(value), -1).any(1)
+            fail(f"{source}: NaN or infinity in {name} of {rows.sum()} transitions, first {rows.argmax()}; clean it")
+    report = {"source": source, "transitions_read": len(data["rewards"])}
+
+    if truncate_episodes:
+        starts = np.flatnonzero(np.diff(data["episodes"], prepend=-1))
+        position = np.arange(len(data["rewards"])) - np.repeat(starts, np.diff([*starts, len(data["rewards"])]))
+        data = {name: value[position < truncate_episodes] for name, value in data.items()}
+        report["removed_by_truncation"] = report["transitions_read"] - len(data["rewards"])
+    if not dataset_path or task.family not in ("kitchen", "hammer"):  # an .npz of D4RL has D4RL's dense rewards
+        goal = task.goal
+        if task.family == "antmaze":
+            goal = np.add(goal, ANTMAZE_DATA_GOAL_OFFSET)
+        rewards, success = task_reward(task, data["next_observations"], data["rewards"].astype(np.float64), goal)
+        data["rewards"] = rewards.astype(np.float32)
+    else:
+        success = data["rewards"] >= (4 if task.family == "kitchen" else 50)
+    data["terminations"] = success.astype(np.float32) if task.family == "antmaze" else np.zeros_like(data["rewards"])
+    report["successful_episodes_before_removal"] = len(np.unique(data["episodes"][success]))
+    if data_subset and data_subset < len(success):
+        keep = np.random.default_rng(derive_seed(seed, 3)).choice(len(success), data_subset, replace=False)
+        data, success = {name: value[keep] for name, value in data.items()}, success[keep]
+        report["subset"] = data_subset
+    for x, y, radius in remove_discs:
+        keep = np.linalg.norm(data["observations"][:, :2] - np.float32([x, y]), axis=-1) > radius
+        report.setdefault("removed_by_discs", []).append([x, y, radius, int((~keep).sum())])
+        data, success = {name: value[keep] for name, value in data.items()}, success[keep]
+    if not len(success):
+        fail(f"{source}: nothing is left after truncation and removal; check --remove-discs and --truncate-episodes")
+    data["actions"] = np.clip(data["actions"], -1 + 1e-5, 1 - 1e-5)
+    digest = hashlib.sha256()
+    for name in sorted(data):
+        digest.update(np.ascontiguousarray(data[name]))
+    return data, report | {
+        "transitions": len(success),
+        "episodes": len(np.unique(data["episodes"])),
+        "successful_episodes": len(np.unique(data["episodes"][success])),
+        "reward_range": [float(data["rewards"].min()), float(data["rewards"].max())],
+        "sha256": digest.hexdigest(),
+    }
+
+
+# === end shared block: dataset ===
+
+
+# === shared block: replay buffer ===
+class ReplayBuffer:
+    """Append-only transitions on the training device, as they came (raw rewards). One row holds all fields side by
+    side, so that a batch is a single gather and an online step a single copy; no call waits for the device."""
+
+    def __init__(self, shapes, capacity, device):
+        """shapes: {field: ()} for a scalar or {field: (dim,)}. Exit 2 if the memory is not there."""
+        self.columns, width = {}, 0
+        for name, shape in shapes.items():
+            size = shape[0] if shape else 1
+            self.columns[name] = slice(width, width + size) if shape else width
+            width += size
+        need = capacity * width * 4
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        if need > 0.95 * free:
+            fail(f"the replay buffer needs {need / 2**30:.2f} GiB for {capacity} transitions, {device} has "
+                 f"{free / 2**30:.2f} GiB free; lower --online-steps or --data-subset, or use another device")  # fmt: skip
+        self.bytes, self.size, self.row = need, 0, np.empty(width, np.float32)
+        self.data = torch.empty((capacity, width), device=device)
+
+    def extend(self, columns):
+        """Append n rows: {field: float32 array (n, ...)}."""
+        n = len(next(iter(columns.values())))
+        if self.size + n > len(self.data):
+            raise IndexError(f"{self.size} + {n} rows are more than the capacity of {len(self.data)}")
+        for name, column in self.columns.items():
+            self.data[self.size : self.size + n, column] = torch.as_tensor(columns[name]).to(self.data.device)
+        self.size += n
+
+    def add(self, **transition):
+        """Append one transition."""
+        for name, column in self.columns.items():
+            self.row[column] = transition[name]
+        self.data[self.size] = torch.from_numpy(self.row)
+        self.size += 1
+
+    def split(self, rows):
+        """Views of the fields of rows (n, width): {field: (n,) or (n, dim)}."""
+        return {name: rows[:, column] for name, column in self.columns.items()}
+
+    def save_chunk(self, folder, offline_size, start, stop):
+        """Write online transitions [start, stop) as one .npz with the fields as arrays."""
+        folder.mkdir(exist_ok=True)
+        rows = self.split(self.data[offline_size + start : offline_size + stop].cpu().numpy())
+        content = io.BytesIO()
+        np.savez(content, **rows)
+        atomic_write(folder / f"online-{start:09d}-{stop:09d}.npz", content.getvalue())
+
+    def load_chunks(self, folder, count):
+        """Append the first `count` online transitions that save_chunk wrote; exit 2 if they are not all there."""
+        have = 0
+        for path in sorted(Path(folder).glob("online-*.npz")):
+            start, stop = (int(part) for part in path.stem.split("-")[1:])
+            if start != have or have >= count:
+                break
+            try:
+                with np.load(path, allow_pickle=False) as chunk:
+                    self.extend({name: chunk[name][: count - have] for name in self.columns})
+            except (OSError, ValueError, KeyError, EOFError) as error:
+                fail(f"{path} cannot be read ({error}); the run's replay data is damaged, start it again")
+            have = min(stop, count)
+        if have < count:
+            fail(f"{folder} holds {have} online transitions, {count} are needed; the run's replay data is incomplete")
+
+
+# === end shared block: replay buffer ===
+
+
+# === networks ===
+def orthogonal_linear(fan_in, fan_out):
+    layer = nn.Linear(fan_in, fan_out)
+    nn.init.orthogonal_(layer.weight, gain=2**0.5)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Dropout(nn.Module):
+    """nn.Dropout with 16 random bits an element (rate exact to 2^-17): its own draws would be a tenth of an update."""
+
+    def __init__(self, rate):
+        super().__init__()
+        self.keep = round((1 - rate) * 65536)
+
+    def forward(self, x):
+        if not self.training:
+            return x
+        bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device).random_(-(2**63), None)
+        kept = bits.view(torch.int16)[: x.numel()].view_as(x) < self.keep - 32768
+        return x * kept * (65536 / self.keep)
+
+
+def mlp(dims, dropout=0.0):
+    """Linear layers of the given sizes with ReLU (and dropout) between them; the last one is linear."""
+    layers = []
+    for fan_in, fan_out in zip(dims[:-2], dims[1:-1], strict=True):
+        layers += [orthogonal_linear(fan_in, fan_out), nn.ReLU(inplace=True)] + [Dropout(dropout)] * (dropout > 0)
+    return nn.Sequential(*layers, orthogonal_linear(dims[-2], dims[-1]))
+
+
+class Critic(nn.Module):
+    """Ensemble of Q(s, a) as batched products: (batch, obs_dim), (batch, act_dim) -> (num_qs, batch)."""
+
+    def __init__(self, obs_dim, act_dim, hidden_dims, num_qs=2):
+        super().__init__()
+        dims = (obs_dim + act_dim, *hidden_dims, 1)
+        pairs = list(zip(dims[:-1], dims[1:], strict=True))
+        self.weights = nn.ParameterList([torch.empty(num_qs, i, o) for i, o in pairs])
+        self.biases = nn.ParameterList([torch.zeros(num_qs, 1, o) for _, o in pairs])
+        for weight in self.weights:
+            for member in weight.data:
+                nn.init.orthogonal_(member, gain=2**0.5)
+
+    def forward(self, observations, actions):
+        x = torch.cat([observations, actions], dim=-1).expand(len(self.weights[0]), -1, -1)
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = torch.baddbmm(bias, x, weight)
+            x = F.relu(x, inplace=True) if i < len(self.weights) - 1 else x
+        return x.squeeze(-1)
+
+
+class Actor(nn.Module):
+    """Diagonal Gaussian with a state-independent log_std. IQL: mean = tanh(net), not squashed, actions clipped.
+    squash (TD3): action = tanh(net + std * noise)."""
+
+    def __init__(self, obs_dim, act_dim, hidden_dims, dropout=0.0, log_std_min=-5.0, squash=False):
+        super().__init__()
+        self.net = mlp((obs_dim, *hidden_dims, act_dim), dropout)
+        self.log_std = nn.Parameter(torch.zeros(act_dim))
+        self.log_std_min, self.squash = log_std_min, squash
+
+    def std(self):
+        return self.log_std.clamp(self.log_std_min, 2.0).exp()
+
+    def log_prob(self, observations, actions):
+        """log pi(a|s) of the unsquashed Gaussian, shape (batch,)."""
+        z = (actions - self.net(observations).tanh()) / self.std()
+        normalizer = self.log_std.clamp(self.log_std_min, 2.0) + 0.5 * np.log(2 * np.pi)
+        return -(0.5 * z.square() + normalizer).sum(-1)
+
+    def act(self, observations, noise=None):
+        """Actions in [-1, 1], shape (batch, act_dim); noise: standard normal, or None for the mean."""
+        mean = self.net(observations)
+        spread = 0.0 if noise is None else self.std() * noise
+        return (mean + spread).tanh() if self.squash else (mean.tanh() + spread).clamp(-1.0, 1.0)
+
+
+class Agent(nn.Module):
+    """The networks of one IQL (or TD3) agent and their optimisers."""
+
+    def __init__(self, obs_dim, act_dim, hidden_dims, learning_rate, device, **actor_options):
+        super().__init__()
+        self.actor = Actor(obs_dim, act_dim, hidden_dims, **actor_options)
+        self.critic = Critic(obs_dim, act_dim, hidden_dims)
+        self.critic_target = Critic(obs_dim, act_dim, hidden_dims)
+        self.critic_target.load_state_dict(self.critic.state_dict())
+        self.critic_target.requires_grad_(False)
+        self.value = mlp((obs_dim, *hidden_dims, 1))
+        self.to(device)
+        adam = dict(lr=learning_rate, fused=True, capturable=torch.device(device).type == "cuda")
+        self.optimizers = {
+            "value": torch.optim.Adam(self.value.parameters(), **adam),
+            "critic_actor": torch.optim.Adam([*self.critic.parameters(), *self.actor.parameters()], **adam),
+        }
+
+    def step(self, name):
+        self.optimizers[name].step()
+        self.optimizers[name].zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def update_target(self, tau):
+        torch._foreach_lerp_(list(self.critic_target.parameters()), list(self.critic.parameters()), tau)
+
+    @torch.no_grad()
+    def act(self, obs, sample):
+        """One numpy observation to one numpy action in [-1, 1]; dropout is off."""
+        self.actor.eval()
+        device = self.actor.log_std.device
+        noise = torch.randn(len(self.actor.log_std), device=device) if sample else None
+        action = self.actor.act(torch.from_numpy(obs).to(device)[None], noise)[0].cpu().numpy()
+        self.actor.train()
+        return action
+
+    def full_state(self):
+        return {"networks": self.state_dict(), "optimizers": {k: o.state_dict() for k, o in self.optimizers.items()}}
+
+    def load_full_state(self, state):
+        self.load_state_dict(state["networks"])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+
+
+# === shared block: rnd ===
+def update_running(mean, var, count, x):
+    """Chan's parallel mean and variance (population), in place; mean, var: float64 (dim,), x: (n, dim)."""
+    x = x.double()
+    n, total = x.shape[0], count + x.shape[0]
+    delta = x.mean(0) - mean
+    m2 = var * count + x.var(0, correction=0) * n + delta.square() * (count * n / total)
+    mean.add_(delta * (n / total))
+    var.copy_(m2 / total)
+    count.copy_(total)
+
+
+class RND(nn.Module):
+    """Random network distillation (arXiv 1810.12894): the error of a trained predictor of a fixed random network's
+    features of s', divided by the running standard deviation of such errors, is the intrinsic reward."""
+
+    def __init__(self, predictor, target, obs_dim, learning_rate, device, *, update_proportion=0.25, reward="max",
+                 reward_before_step=False):  # fmt: skip
+        """predictor, target: networks (n, obs_dim) -> (n, features). reward: 'max' over features of the squared error
+        (official code) or 'l2', its sum (paper). reward_before_step: order of the RLPD and Cal-QL codes."""
+        super().__init__()
+        self.predictor, self.target = predictor, target.requires_grad_(False)
+        self.update_proportion, self.reward_form, self.reward_before_step = update_proportion, reward, reward_before_step
+        for name, dim in (("obs", obs_dim), ("reward", 1)):
+            self.register_buffer(f"{name}_mean", torch.zeros(dim, dtype=torch.float64))
+            self.register_buffer(f"{name}_var", torch.ones(dim, dtype=torch.float64))
+            self.register_buffer(f"{name}_count", torch.tensor(1e-4, dtype=torch.float64))
+        self.to(device)
+        self.optimizer = torch.optim.Adam(self.predictor.parameters(), lr=learning_rate, fused=True,
+                                          capturable=torch.device(device).type == "cuda")  # fmt: skip
+
+    def normalize(self, observations):
+        return ((observations - self.obs_mean.float()) / self.obs_var.sqrt().float()).clamp(-5.0, 5.0)
+
+    def reward_of(self, predicted, features):
+        """Intrinsic reward (n,), divided by the running standard deviation, no mean subtracted."""
+        error = (predicted - features).square()
+        error = error.amax(-1) if self.reward_form == "max" else error.sum(-1)
+        return error / self.reward_var.sqrt().float()
+
+    @torch.no_grad()
+    def intrinsic_rewards(self, next_observations):
+        """Reward of the state as it stands; nothing is updated."""
+        z = self.normalize(next_observations)
+        return self.reward_of(self.predictor(z), self.target(z))
+
+    def update(self, observations, next_observations, uniform=None):
+        """One predictor step and the intrinsic rewards of the batch. Returns (rewards (batch,), predictor loss).
+        uniform: draws in [0, 1) that select the training rows, shape (batch,); None draws them."""
+        with torch.no_grad():
+            z = self.normalize(next_observations)
+            features = self.target(z)
+        # --- Predictor step on a random share of the batch ---
+        uniform = torch.rand(len(z), device=z.device) if uniform is None else uniform
+        mask = uniform < self.update_proportion
+        if z.device.type == "cpu":  # only the chosen rows; a GPU would have to wait for their number
+            rows = mask.nonzero().squeeze(1)
+            error = (self.predictor(z[rows]) - features[rows]).square().mean(-1)
+        else:
+            error = (self.predictor(z) - features).square().mean(-1) * mask
+        loss = error.sum() / mask.sum().clamp(min=1)
+        with torch.no_grad():
+            if self.reward_before_step:
+                rewards = self.reward_of(self.predictor(z), features)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        # --- Rewards with the statistics from before this batch, then the statistics ---
+        with torch.no_grad():
+            if not self.reward_before_step:
+                rewards = self.reward_of(self.predictor(z), features)
+            update_running(self.reward_mean, self.reward_var, self.reward_count, rewards[:, None])
+            update_running(self.obs_mean, self.obs_var, self.obs_count, observations)
+        return rewards, loss.detach()
+
+
+# === end shared block: rnd ===
+
+
+# === losses and updates ===
+@dataclass(frozen=True)
+class Settings:
+    """What an update needs beside the agent and the batch; exploration and exploitation have one each."""
+
+    gamma: float = 0.99
+    tau: float = 0.005
+    expectile: float = 0.7
+    temperature: float = 3.0
+    intrinsic_reward_scale: float = 0.0
+    q_min: float = -float("inf")
+    q_max: float = float("inf")
+
+
+def expectile_loss(diff, expectile):
+    """IQL eq. 5: |expectile - 1{diff < 0}| * diff^2, averaged. diff = Q_target(s, a) - V(s), shape (batch,)."""
+    weight = torch.where(diff > 0, expectile, 1.0 - expectile)
+    return (weight * diff.square()).mean()
+
+
+def iql_update(agent, batch, settings, intrinsic_rewards=None):
+    """One IQL update (paper eq. 1 to 3): V, then Q and the policy. batch: observations, actions, rewards, masks,
+    next_observations; intrinsic_rewards: (batch,) or None. Returns detached scalars."""
+    observations, actions = batch["observations"], batch["actions"]
+    # One pass of the target critic serves V and the policy: both want it as it was before this update's EMA.
+    with torch.no_grad():
+        q_target = agent.critic_target(observations, actions)
+    # --- V: expectile regression toward the (bounded) target Q ---
+    v = agent.value(observations).squeeze(-1)
+    q_bounded = q_target.clamp(settings.q_min, settings.q_max).amin(0)
+    value_loss = expectile_loss(q_bounded - v, settings.expectile)
+    value_loss.backward()
+    agent.step("value")
+    # --- Target: the new V; masks is 0 only at true terminals. The bonus comes after the clip (official code) ---
+    with torch.no_grad():
+        next_v, v = agent.value(torch.cat([batch["next_observations"], observations])).squeeze(-1).chunk(2)
+        target = batch["rewards"] + settings.gamma * batch["masks"] * next_v
+        target = target.clamp(settings.q_min, settings.q_max)
+        if intrinsic_rewards is not None:
+            target = target + settings.intrinsic_reward_scale * intrinsic_rewards
+    # --- Q: mean over the ensemble and the batch ---
+    q = agent.critic(observations, actions)
+    critic_loss = (q - target).square().mean()
+    # --- Policy: advantage-weighted regression (eq. 3); the advantage is not clipped to the bounds ---
+    advantage = q_target.amin(0) - v
+    weight = (settings.temperature * advantage).exp().clamp(max=100.0)
+    actor_loss = -(weight * agent.actor.log_prob(observations, actions)).mean()
+    (critic_loss + actor_loss).backward()  # no parameter is in both
+    agent.step("critic_actor")
+    agent.update_target(settings.tau)
+    return {"losses/value": value_loss.detach(), "losses/critic": critic_loss.detach(),
+            "losses/actor": actor_loss.detach(), "losses/q_mean": q.detach().mean(), "losses/v_mean": v.mean(),
+            "losses/advantage_mean": advantage.mean()}  # fmt: skip
+
+
+def td3_update(agent, batch, settings, intrinsic_rewards=None, noise=None):
+    """The authors' simplified TD3 (Fig. 5): no target actor, no delay, no noise clip, no bounds. The policy's critic
+    is the one before this step's update. noise: standard normal (2, batch, act_dim) for next and policy action."""
+    observations, actions = batch["observations"], batch["actions"]
+    noise = torch.randn(2, *actions.shape, device=actions.device) if noise is None else noise
+    with torch.no_grad():
+        next_actions = agent.actor.act(batch["next_observations"], noise[0])
+        next_q = agent.critic_target(batch["next_observations"], next_actions).amin(0)
+        target = batch["rewards"] + settings.gamma * batch["masks"] * next_q
+        if intrinsic_rewards is not None:
+            target = target + settings.intrinsic_reward_scale * intrinsic_rewards
+    actor_loss = -agent.critic(observations, agent.actor.act(observations, noise[1])).mean()
+    actor_loss.backward(inputs=list(agent.actor.parameters()))
+    q = agent.critic(observations, actions)
+    critic_loss = (q - target).square().mean()
+    critic_loss.backward()
+    agent.step("critic_actor")
+    agent.update_target(settings.tau)
+    return {"losses/critic": critic_loss.detach(), "losses/actor": actor_loss.detach(),
+            "losses/q_mean": q.detach().mean()}  # fmt: skip
+
+
+def task_batch(batch, args):
+    """Rewards and masks of sampled raw rows as the learner sees them."""
+    raw = batch["rewards"]
+    masks = 1.0 - batch["terminations"] if args.mask_reward is None else (raw != args.mask_reward).float()
+    return {**batch, "rewards": (raw + args.reward_bias) * args.reward_scale, "masks": masks}
+
+
+def make_update(args, buffer, agent, settings, rnd=None, frozen_rnd=False):
+    """update(rows) -> losses: one gradient step of the agent on raw buffer rows (batch, width), with RND's."""
+    learn = td3_update if agent.actor.squash else iql_update
+
+    def update(rows):
+        batch = task_batch(buffer.split(rows), args)
+        if rnd is None:
+            return learn(agent, batch, settings)
+        if frozen_rnd:
+            return learn(agent, batch, settings, rnd.intrinsic_rewards(batch["next_observations"]))
+        bonus, rnd_loss = rnd.update(batch["observations"], batch["next_observations"])
+        losses = learn(agent, batch, settings, bonus)
+        return {**losses, "losses/rnd": rnd_loss, "rnd/batch_intrinsic_reward": bonus.mean()}
+
+    update = torch.compile(update) if args.compile else update
+    return CudaGraph(update) if args.cudagraphs else update
+
+
+class CudaGraph:
+    """Replays update(rows) as one CUDA graph: three eager calls on a side stream (every one a real update), then
+    capture. The returned tensors are overwritten by the next call."""
+
+    def __init__(self, update):
+        self.update, self.calls, self.graph, self.stream = update, 0, None, torch.cuda.Stream()
+
+    def __call__(self, rows):
+        self.calls += 1
+        if self.calls <= 3:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                losses = self.update(rows)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return losses
+        if self.graph is None:
+            self.rows, self.graph = rows.clone(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.losses = self.update(self.rows)
+        self.rows.copy_(rows)
+        self.graph.replay()
+        return self.losses
+
+
+# === shared block: evaluation ===
+def evaluate(env, act, episodes, seed, frames=None):
+    """Episodes with act(obs) -> action. Returns a list of dicts: return, length, success (at any step), max_reward.
+    Start states depend on `seed` alone. frames: a list that receives the rendered pictures, or None."""
+    results = []
+    for i in range(episodes):
+        obs, _ = env.reset(seed=derive_seed(seed, 2, i))
+        episode, done = {"return": 0.0, "length": 0, "success": False, "max_reward": -float("inf")}, False
+        while not done:
+            if frames is not None:
+                frames.append(env.render())
+            obs, reward, terminated, truncated, info = env.step(act(obs))
+            done = terminated or truncated
+            episode["return"] += reward
+            episode["length"] += 1
+            episode["success"] = episode["success"] or info["success"]
+            episode["max_reward"] = max(episode["max_reward"], reward)
+        results.append(episode)
+    return results
+
+
+def summarize(env_id, episodes):
+    """Means over the episodes of evaluate, under the names of the metrics."""
+    scores = [normalized_score(ENVIRONMENTS[env_id], episode) for episode in episodes]
+    return {
+        "eval/return": float(np.mean([e["return"] for e in episodes])),
+        "eval/success_rate": float(np.mean([e["success"] for e in episodes])),
+        "eval/normalized_score": float(np.mean(scores)),
+        "eval/episodes": len(episodes),
+    }
+
+
+# === end shared block: evaluation ===
+
+
+# === shared block: checkpoints ===
+def atomic_write(path, content):
+    """Write bytes so that at any moment the file is the old one or the new one, complete; exit 1 if the disk is full."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # the rename itself
+        os.close(folder)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def save_torch(path, content):
+    """torch.save, atomically. content: tensors, numbers, strings, and lists and dicts of them."""
+    stream = io.BytesIO()
+    torch.save(content, stream)
+    atomic_write(path, stream.getvalue())
+
+
+def load_torch(path, script, device):
+    """A file of save_torch, read with weights_only=True; exit 2 if it is damaged or another script's."""
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        fail(f"{path} is not there; the run has not come that far")
+    except Exception as error:  # torch raises many kinds for a damaged file
+        fail(f"{path} cannot be read ({type(error).__name__}); it is damaged: remove the run directory, or restore it")
+    if not isinstance(content, dict) or content.get("script") != script:
+        fail(f"{path} was not written by {script}; give a run of that script")
+    return content
+
+
+def get_rng(device):
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
+
+
+def set_rng(state, device):
+    torch.set_rng_state(state["cpu"].cpu())
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+
+
+# === end shared block: checkpoints ===
+
+
+# === phases ===
+SCRIPT = "iql_ooo"
+
+
+def save_checkpoint(s, agent=None, outer_rng=None):
+    """Everything a resumed process needs, in one file; new online transitions go to a file of their own first."""
+    p = s.progress
+    s.losses.check(p["retrain_step"] if agent else p["grad_step"])
+    if p["env_step"] > p["saved_steps"]:
+        s.buffer.save_chunk(s.run.path / "replay", s.offline_size, p["saved_steps"], p["env_step"])
+        p["saved_steps"] = p["env_step"]
+    save_torch(s.run.path / "checkpoint.pt", {
+        "script": SCRIPT, "progress": p, "offsets": s.run.offsets(), "losses": s.losses.state_dict(),
+        "explorer": s.explorer.full_state() if s.explorer else None,
+        "rnd": {"state": s.rnd.state_dict(), "optimizer": s.rnd.optimizer.state_dict()} if s.rnd else None,
+        "exploiter": agent.full_state() if agent else None, "rng": get_rng(s.device), "outer_rng": outer_rng,
+    })  # fmt: skip
+
+
+def load_checkpoint(s):
+    """Bring a session that was just built to where its run directory's checkpoint was written."""
+    path = s.run.path / "checkpoint.pt"
+    if not path.exists():  # killed before the first one: from the start
+        s.run.truncate(dict.fromkeys(Run.FILES, 0))
+        return None
+    saved = load_torch(path, SCRIPT, s.device)
+    s.progress.update(saved["progress"])
+    s.run.truncate(saved["offsets"])
+    if not s.args.exploit_only:
+        s.buffer.load_chunks(s.run.path / "replay", s.progress["saved_steps"])
+        s.explorer.load_full_state(saved["explorer"])
+    if s.rnd:
+        s.rnd.load_state_dict(saved["rnd"]["state"])
+        s.rnd.optimizer.load_state_dict(saved["rnd"]["optimizer"])
+    s.losses.load_state_dict(saved["losses"], s.device)
+    set_rng(saved["outer_rng"] or saved["rng"], s.device)
+    return saved
+
+
+def phase_bar(s, phase, total, initial):
+    s.bar = tqdm(total=total, initial=initial, desc=phase, unit="step", dynamic_ncols=True, smoothing=0.05)
+    s.clock = (time.perf_counter(), initial)
+    return s.bar
+
+
+def log_losses(s, phase, step, **extra):
+    """Mean losses since the last record, to metrics.jsonl; speed to timing.jsonl."""
+    where = {"phase": phase, "env_step": s.progress["env_step"], "grad_step": step}
+    s.run.log("metrics.jsonl", {**where, **s.losses.means(step), **extra})
+    now, (then, before) = time.perf_counter(), s.clock
+    s.run.log("timing.jsonl", {**where, "charts/SPS": (s.bar.n - before) / max(now - then, 1e-9), "time": time.time()})
+    s.clock = (now, s.bar.n)
+
+
+def log_evaluation(s, phase, step, agent, env_step):
+    """Evaluate the policy's mean; the summary goes to metrics.jsonl, every episode to evals.jsonl."""
+    start = time.perf_counter()
+    episodes = evaluate(s.eval_env, lambda obs: agent.act(obs, sample=False), s.args.eval_episodes, s.args.seed)
+    where, summary = {"phase": phase, "env_step": env_step, "grad_step": step}, summarize(s.args.env_id, episodes)
+    s.run.log("metrics.jsonl", {**where, **summary})
+    s.run.log("evals.jsonl", {**where, "episodes": episodes})
+    s.bar.set_postfix(score=f"{summary['eval/normalized_score']:.1f}")
+    s.clock = (s.clock[0] + time.perf_counter() - start, s.clock[1])  # evaluation is not training time
+    return summary
+
+
+def pretrain(s):
+    """Algorithm 1, line 1: the exploration agent's optimistic update on D_off."""
+    args, p = s.args, s.progress
+    with phase_bar(s, "pretrain", args.offline_steps, p["grad_step"]) as bar:
+        if p["grad_step"] == 0:
+            log_evaluation(s, "pretrain", 0, s.explorer, 0)
+        while p["grad_step"] < args.offline_steps:
+            rows = s.buffer.data[torch.randint(s.offline_size, (args.batch_size,), device=s.device)]
+            s.losses.add(s.explore_update(rows))
+            p["grad_step"] += 1
+            bar.update()
+            if p["grad_step"] % args.log_every == 0:
+                log_losses(s, "pretrain", p["grad_step"])
+            if p["grad_step"] % args.eval_every == 0 or p["grad_step"] == args.offline_steps:
+                log_evaluation(s, "pretrain", p["grad_step"], s.explorer, 0)
+            if p["grad_step"] % args.checkpoint_every == 0 or p["grad_step"] == args.offline_steps:
+                p["phase"] = "online" if p["grad_step"] == args.offline_steps else "pretrain"
+                save_checkpoint(s)
+    p["phase"] = "online"
+
+
+def online(s):
+    """Algorithm 1, the online loop: the exploration policy alone acts; one optimistic update per step on all data."""
+    args, p = s.args, s.progress
+    last_checkpoint = p["saved_steps"]
+    with phase_bar(s, "online", args.online_steps, p["env_step"]) as bar:
+        while True:
+            retrain_due(s)
+            if p["env_step"] >= args.online_steps:
+                break
+            play_episode(s, bar)
+            due = [t for t in args.retrain_at if t <= p["env_step"] and t not in p["retrained"]]
+            finished = p["env_step"] >= args.online_steps
+            if due or finished or p["env_step"] - last_checkpoint >= args.checkpoint_every:
+                save_checkpoint(s)
+                last_checkpoint = p["env_step"]
+    p["phase"] = "done"
+    save_checkpoint(s)
+
+
+def play_episode(s, bar):
+    """One training episode (cut short at the end of the budget), with its updates, records and snapshots."""
+    args, p = s.args, s.progress
+    obs, _ = s.env.reset(seed=derive_seed(args.seed, 1, p["episode"]))
+    episode, done = {"return": 0.0, "length": 0, "success": False}, False
+    first_id = s.offline_episodes
+    while not done and p["env_step"] < args.online_steps:
+        action = s.explorer.act(obs, sample=True)
+        next_obs, reward, terminated, truncated, info = s.env.step(action)
+        s.buffer.add(observations=obs, actions=action, rewards=reward, next_observations=next_obs,
+                     terminations=terminated, episodes=first_id + p["episode"])  # fmt: skip
+        obs, done = next_obs, terminated or truncated
+        episode["return"] += reward
+        episode["length"] += 1
+        episode["success"] = episode["success"] or info["success"]
+        p["env_step"] += 1
+        s.losses.add(s.explore_update(s.buffer.data[torch.randint(s.buffer.size, (args.batch_size,), device=s.device)]))
+        p["grad_step"] += 1
+        bar.update()
+        t = p["env_step"]
+        if t % args.log_every == 0:
+            log_losses(s, "online", p["grad_step"], **recent_intrinsic_reward(s))
+        if t % args.eval_every == 0 or t in args.retrain_at or t == args.online_steps:
+            summary = log_evaluation(s, "online", p["grad_step"], s.explorer, t)
+            if t in args.retrain_at:
+                p["exploration"][str(t)] = summary
+                snapshot(s, t)
+    p["episode"] += 1
+    s.run.log("metrics.jsonl", {"phase": "online", "env_step": p["env_step"], "grad_step": p["grad_step"],
+                                **{f"charts/episodic_{key}": value for key, value in episode.items()}})  # fmt: skip
+
+
+def recent_intrinsic_reward(s):
+    """Figure 3 (left): mean, scaled mean and std of the intrinsic reward over the last 1000 online transitions."""
+    if not s.rnd:
+        return {}
+    start = max(s.offline_size, s.buffer.size - 1000)
+    reward = s.rnd.intrinsic_rewards(s.buffer.split(s.buffer.data[start : s.buffer.size])["next_observations"])
+    mean, std = reward.mean().item(), reward.std(correction=0).item()
+    scaled = s.args.intrinsic_reward_scale * mean
+    return {"rnd/online_mean": mean, "rnd/online_scaled_mean": scaled, "rnd/online_std": std}
+
+
+def snapshot(s, t):
+    """What the retraining for time t may need later: the exploration policy and the RND as they stand."""
+    save_policy(s, s.explorer, s.run.path / f"exploration_{t}.pt")
+    if s.rnd:
+        save_torch(s.run.path / f"rnd_{t}.pt", {"script": SCRIPT, "rnd": s.rnd.state_dict()})
+
+
+def save_policy(s, agent, path):
+    """A policy that load_policy (and nothing else) needs. This method normalises no observations; actions are the
+    environment's, in [-1, 1]."""
+    save_torch(path, {
+        "script": SCRIPT, "env_id": s.args.env_id, "obs_dim": s.obs_dim, "act_dim": s.act_dim,
+        "hidden_dims": list(s.args.hidden_dims), "squash": agent.actor.squash, "log_std_min": agent.actor.log_std_min,
+        "observation_normalization": None, "actor": agent.actor.state_dict(),
+        "agent": agent.state_dict(),  # all networks: for --warm-start and for those who analyse the values
+    })  # fmt: skip
+
+
+def load_policy(path, device="cpu"):
+    """Returns (act, content) of a file of save_policy; act(obs) is the deterministic action, numpy to numpy."""
+    content = load_torch(path, SCRIPT, device)
+    options = dict(log_std_min=content["log_std_min"], squash=content["squash"])
+    agent = Agent(content["obs_dim"], content["act_dim"], content["hidden_dims"], 0.0, device, **options)
+    # A network with dropout has other layer numbers, but the same layers.
+    agent.actor.load_state_dict(dict(zip(agent.actor.state_dict(), content["actor"].values(), strict=True)))
+    return lambda obs: agent.act(obs, sample=False), content
+
+
+def retrain_due(s, saved=None):
+    """Retrain for every t that the online phase has passed and that has no exploitation policy yet."""
+    p = s.progress
+    for t in s.args.retrain_at:
+        if t <= p["env_step"] and t not in p["retrained"]:
+            s.losses, losses = LossHistory(), s.losses
+            retrain(s, t)
+            s.losses = losses
+            save_checkpoint(s)
+
+
+def retrain(s, t):
+    """Algorithm 1, last line: a separate pessimistic agent, from scratch, on D_off + D_on[:t], task reward only."""
+    args, p = s.args, s.progress
+    n = s.offline_size + t
+    outer_rng = get_rng(s.device)  # retraining leaves no trace in the online phase that goes on after it
+    torch.manual_seed(derive_seed(args.seed, 4, t))
+    agent = Agent(s.obs_dim, s.act_dim, args.hidden_dims, args.learning_rate, s.device,
+                  dropout=first(args.retrain_dropout, args.dropout), squash=args.retrain_algorithm == "td3",
+                  log_std_min=first(args.retrain_log_std_min, args.log_std_min))  # fmt: skip
+    if args.warm_start and p["retrained"]:
+        previous = s.run.path / f"exploitation_{p['retrained'][-1]}.pt"
+        agent.load_state_dict(load_torch(previous, SCRIPT, s.device)["agent"])
+    frozen_rnd = None
+    if args.retrain_frozen_rnd:
+        frozen_rnd = make_rnd(args, s.obs_dim, s.device)
+        source = Path(args.exploit_only) if args.exploit_only else s.run.path
+        frozen_rnd.load_state_dict(load_torch(source / f"rnd_{t}.pt", SCRIPT, s.device)["rnd"])
+
+    raw = s.buffer.split(s.buffer.data[:n])["rewards"]
+    low, high = ((r + args.reward_bias) * args.reward_scale / (1 - args.gamma) for r in (raw.min(), raw.max()))
+    bounds = dict(q_min=float(min(low, high)), q_max=float(max(low, high))) if args.retrain_q_bounds else {}
+    settings = Settings(args.gamma, args.tau, first(args.retrain_expectile, args.expectile), args.temperature,
+                        args.intrinsic_reward_scale, **bounds)  # fmt: skip
+    update = make_update(args, s.buffer, agent, settings, frozen_rnd, frozen_rnd=True)
+    high_rows = high_reward_rows(s, n)
+
+    if p["retrain_step"] and s.saved:
+        agent.load_full_state(s.saved["exploiter"])
+        s.losses.load_state_dict(s.saved["losses"], s.device)
+        set_rng(s.saved["rng"], s.device)
+    with phase_bar(s, f"retrain t={t}", args.retrain_steps, p["retrain_step"]) as bar:
+        if p["retrain_step"] == 0:
+            log_evaluation(s, "retrain", 0, agent, t)
+        while p["retrain_step"] < args.retrain_steps:
+            rows = torch.randint(n, (args.batch_size - (args.retrain_upsample if len(high_rows) else 0),), device=s.device)
+            if len(high_rows) and args.retrain_upsample:
+                draw = torch.randint(len(high_rows), (args.retrain_upsample,), device=s.device)
+                rows = torch.cat([rows, high_rows[draw]])
+            s.losses.add(update(s.buffer.data[rows]))
+            p["retrain_step"] += 1
+            bar.update()
+            step = p["retrain_step"]
+            if step % args.log_every == 0:
+                log_losses(s, "retrain", step)
+            if step % args.eval_every == 0 or step == args.retrain_steps:
+                summary = log_evaluation(s, "retrain", step, agent, t)
+            if step % args.checkpoint_every == 0 and step < args.retrain_steps:
+                save_checkpoint(s, agent, outer_rng)
+    s.losses.check(p["retrain_step"])
+    save_policy(s, agent, s.run.path / f"exploitation_{t}.pt")
+    p["exploitation"][str(t)] = summary
+    p["retrained"].append(t)
+    p["retrain_step"] = 0
+    if args.sync:
+        s.explorer.load_full_state(agent.full_state())
+    set_rng(outer_rng, s.device)
+
+
+def first(value, default):
+    return default if value is None else value
+
+
+def high_reward_rows(s, n):
+    """Indices (k,) of the high-reward transitions among the first n (section 4.2), on the device; k may be 0."""
+    if not s.args.retrain_upsample:
+        return torch.empty(0, dtype=torch.long)
+    batch = s.buffer.split(s.buffer.data[:n])
+    high = batch["rewards"] >= s.args.upsample_reward
+    if s.args.upsample_trajectories:
+        high = torch.isin(batch["episodes"], batch["episodes"][high].unique())
+    rows = high.nonzero().squeeze(1)
+    if not len(rows):
+        tqdm.write(f"no raw reward of at least {s.args.upsample_reward:g} in the data: sampling stays uniform")
+    return rows
+
+
+def make_rnd(args, obs_dim, device):
+    networks = (mlp((obs_dim, *args.rnd_hidden_dims)) for _ in range(2))
+    return RND(*networks, obs_dim, args.rnd_learning_rate, device, update_proportion=args.rnd_update_proportion,
+               reward=args.rnd_reward)  # fmt: skip
+
+
+# === main ===
+def open_session(args):
+    """Check everything, load the data and build the agents; nothing is written before all of it has worked."""
+    check_args(args)
+    path = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}"
+    if path.exists() and not args.resume:
+        fail(f"{path} exists; continue it with --resume, or choose another --seed or --exp-name")
+    config = None
+    if path.exists():
+        config = read_config(path)
+        changed = [f.name for f in fields(Args) if f.name not in NOT_SETTINGS
+                   and json.dumps(config["args"].get(f.name)) != json.dumps(getattr(args, f.name))]  # fmt: skip
+        if changed:
+            was = ", ".join(f"--{name.replace('_', '-')} was {config['args'].get(name)}" for name in changed)
+            fail(f"--resume needs the settings that {path} was started with: {was}")
+    device, precision = setup_torch(args)
+    env = make_env(args.env_id)
+    data, report = load_dataset(
+        args.env_id, env, dataset_ids=args.dataset_id, dataset_path=args.dataset_path, seed=args.seed,
+        truncate_episodes=args.truncate_episodes, data_subset=args.data_subset, remove_discs=args.remove_discs,
+        kitchen_cumulative=args.kitchen_cumulative)  # fmt: skip
+    for started in filter(None, (config, read_config(args.exploit_only) if args.exploit_only else None)):
+        if started["dataset"]["sha256"] != report["sha256"]:
+            fail(f"the offline data {report['source']} is not what the run was started with (sha256 differs)")
+    (obs_dim,), (act_dim,) = env.observation_space.shape, env.action_space.shape
+    shapes = dict(observations=(obs_dim,), actions=(act_dim,), rewards=(), next_observations=(obs_dim,),
+                  terminations=(), episodes=())  # fmt: skip
+    buffer = ReplayBuffer(shapes, len(data["rewards"]) + args.online_steps, device)
+    buffer.extend(data)
+    progress = dict(phase="pretrain", grad_step=0, env_step=0, episode=0, saved_steps=0, retrain_step=0,
+                    retrained=[], exploration={}, exploitation={})  # fmt: skip
+    offline_episodes = int(data["episodes"].max()) + 1
+    s = SimpleNamespace(args=args, device=device, env=env, eval_env=make_env(args.env_id), obs_dim=obs_dim,
+                        act_dim=act_dim, buffer=buffer, offline_size=buffer.size, offline_episodes=offline_episodes,
+                        progress=progress, losses=LossHistory(), explorer=None, rnd=None, saved=None)  # fmt: skip
+    if args.exploit_only:
+        load_source(s)
+    else:
+        build_explorer(s)
+    print_report(args, report, buffer)
+    config = config or {"script": SCRIPT, "args": asdict(args), **provenance(device, precision), "dataset": report}
+    track = dict(project=args.wandb_project, mode=args.wandb_mode) if args.track else None
+    s.run = Run(path, config, track)
+    if args.resume:
+        s.saved = load_checkpoint(s)
+    return s
+
+
+def build_explorer(s):
+    args = s.args
+    s.explorer = Agent(s.obs_dim, s.act_dim, args.hidden_dims, args.learning_rate, s.device, dropout=args.dropout,
+                       log_std_min=args.log_std_min)  # fmt: skip
+    s.rnd = make_rnd(args, s.obs_dim, s.device) if args.intrinsic_reward_scale else None
+    low, high = args.q_reward_bounds or (-float("inf"), float("inf"))
+    settings = Settings(args.gamma, args.tau, args.expectile, args.temperature, args.intrinsic_reward_scale,
+                        low / (1 - args.gamma), high / (1 - args.gamma))  # fmt: skip
+    s.explore_update = make_update(args, s.buffer, s.explorer, settings, s.rnd)
+
+
+def load_source(s):
+    """--exploit-only: the online data and the exploration scores of the finished run."""
+    source, p = Path(s.args.exploit_only), s.progress
+    saved = load_torch(source / "checkpoint.pt", SCRIPT, "cpu")["progress"]
+    needed = max(s.args.retrain_at, default=0)
+    if needed > saved["saved_steps"]:
+        fail(f"--retrain-at {needed}: {source} holds {saved['saved_steps']} online transitions")
+    if s.args.retrain_frozen_rnd and (lost := [t for t in s.args.retrain_at if not (source / f"rnd_{t}.pt").exists()]):
+        fail(f"--retrain-frozen-rnd: {source} has no rnd_{lost[0]}.pt; use the --retrain-at of that run")
+    s.buffer.load_chunks(source / "replay", needed)
+    p.update(phase="online", env_step=needed, saved_steps=needed, exploration=saved["exploration"])
+
+
+def print_report(args, report, buffer):
+    print(f"{args.env_id}: offline data")
+    for key, value in report.items():
+        print(f"  {key.replace('_', ' ')}: {value}")
+    print(f"  replay buffer: {len(buffer.data)} transitions, {buffer.bytes / 2**20:.0f} MiB on {buffer.data.device}")
+
+
+def print_table(s):
+    """Exploration against exploitation at each t; the numbers are also in results.json."""
+    p, rows = s.progress, []
+    for t in s.args.retrain_at:
+        rows.append({"env_step": t, "exploration": p["exploration"].get(str(t)), "exploitation": p["exploitation"][str(t)]})
+    atomic_write(s.run.path / "results.json", json.dumps({"env_id": s.args.env_id, "rows": rows}, indent=1).encode())
+    print(f"\n{s.args.env_id}, seed {s.args.seed}, {s.args.eval_episodes} episodes a policy, normalised score (success)")
+    print(f"{'env step':>10}  {'exploration':>18}  {'OOO exploitation':>18}")
+    for row in rows:
+        cells = [f"{r['eval/normalized_score']:9.1f} ({r['eval/success_rate']:6.1%})" if r else "-"
+                 for r in (row["exploration"], row["exploitation"])]  # fmt: skip
+        print(f"{row['env_step']:>10}  {cells[0]:>18}  {cells[1]:>18}")
+    print(f"saved in {s.run.path}")
+    return rows
+
+
+def evaluate_saved(args):
+    """--eval-only: the run's last exploitation policy, on fresh start states; --video records three episodes."""
+    run = Path(args.eval_only)
+    policies = sorted(run.glob("exploitation_*.pt"), key=lambda path: int(path.stem.split("_")[1]))
+    if not policies:
+        fail(f"{run} has no exploitation policy yet; finish the run first (--resume)")
+    act, content = load_policy(policies[-1])
+    seed = derive_seed(args.seed, 5)  # not the episodes seen in training
+    if args.video:
+        import imageio
+
+        try:
+            env, frames = make_env(content["env_id"], "rgb_array"), []
+            evaluate(env, act, min(3, args.eval_episodes), seed, frames)
+        except Exception as error:  # GL back ends fail in many ways
+            fail(f"cannot render ({error}); set MUJOCO_GL=egl, or MUJOCO_GL=osmesa with libosmesa6 installed")
+        video = run / f"{policies[-1].stem}.mp4"
+        imageio.mimwrite(video.with_suffix(".tmp.mp4"), frames, fps=env.metadata.get("render_fps", 30), macro_block_size=2)
+        os.replace(video.with_suffix(".tmp.mp4"), video)
+        print(f"video: {video} ({len(frames)} frames)")
+    episodes = evaluate(make_env(content["env_id"]), act, args.eval_episodes, seed)
+    summary = summarize(content["env_id"], episodes)
+    result = {"policy": policies[-1].name, **summary, "per_episode": episodes}
+    atomic_write(run / f"{policies[-1].stem}_eval.json", json.dumps(result, indent=1).encode())
+    print("  ".join(f"{key} {value:.4g}" for key, value in summary.items()))
+    return summary
+
+
+def main(args):
+    if args.eval_only:
+        setup_torch(args)
+        return evaluate_saved(args)
+    s = open_session(args)
+    try:
+        if not args.exploit_only:
+            if s.progress["phase"] == "pretrain":
+                pretrain(s)
+        if s.progress["phase"] == "online":
+            online(s)
+        return print_table(s)
+    except NonFiniteLoss as error:
+        fail(f"{error}; stopped, the checkpoint before it is kept in {s.run.path}", code=1)
+    except OSError as error:
+        fail(f"cannot write in {s.run.path} ({error.strerror}); make room and continue with --resume", code=1)
+    except KeyboardInterrupt:
+        fail(f"interrupted; continue with --resume, the last checkpoint is in {s.run.path}", code=130)
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,162 @@
+"""The updates against inputs and outputs of the authors' own learners (tests/README.md says where they come from)."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import iql_ooo as ooo
+
+GOLDEN = ROOT / "tests" / "golden"
+PARAMETERS, GRADIENTS, INFOS, RND_STATE = 1e-5, 1e-4, 1e-4, 1e-5  # tolerances of the vectors' README
+
+
+def read(name):
+    with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as file:
+        data = {key: file[key] for key in file.files}
+    return data, json.loads(str(data["hyper_json"]))
+
+
+def tensors(data, prefix, step):
+    """The arrays under a prefix, of one update, as tensors."""
+    return {key[len(prefix):]: torch.from_numpy(value[step].copy())
+            for key, value in data.items() if key.startswith(prefix)}
+
+
+def parameters(agent, rnd=None):
+    """{golden name: (parameter, orientation)}: golden linear weights are [out, in], critic weights here (num_qs, in, out)."""
+    out = {}
+    linears = [m for m in agent.actor.net if isinstance(m, torch.nn.Linear)]
+    for name, layer in zip(["actor.0", "actor.1", "actor.mean"], linears, strict=True):
+        out[f"{name}.weight"], out[f"{name}.bias"] = (layer.weight, None), (layer.bias, None)
+    out["actor.log_std"] = (agent.actor.log_std, None)
+    for prefix, critic in (("critic", agent.critic), ("target_critic", agent.critic_target)):
+        for i, (weight, bias) in enumerate(zip(critic.weights, critic.biases, strict=True)):
+            out[f"{prefix}.{i}.weight"], out[f"{prefix}.{i}.bias"] = (weight, "ensemble"), (bias, "bias")
+    networks = {"value": agent.value, **({"rnd_predictor": rnd.predictor, "rnd_target": rnd.target} if rnd else {})}
+    for prefix, network in networks.items():
+        for i, layer in enumerate(m for m in network if isinstance(m, torch.nn.Linear)):
+            out[f"{prefix}.{i}.weight"], out[f"{prefix}.{i}.bias"] = (layer.weight, None), (layer.bias, None)
+    return out
+
+
+def oriented(value, how):
+    return value.transpose(-1, -2) if how == "ensemble" else value.squeeze(1) if how == "bias" else value
+
+
+def load(data, named):
+    with torch.no_grad():
+        for name, (parameter, how) in named.items():
+            oriented(parameter, how).copy_(torch.from_numpy(data[f"step0/{name}"]))
+
+
+def close(got, want, tolerance, what):
+    got, want = got.detach().double().numpy(), np.asarray(want, np.float64)
+    assert got.shape == want.shape, (what, got.shape, want.shape)
+    error = np.abs(got - want).max() / max(np.abs(want).max(), 1e-12)
+    assert error <= tolerance, f"{what}: {error:.1e} > {tolerance:.0e}"
+
+
+def check_step(data, named, optimizers, step, skip=()):
+    """Parameters after an update, and after the first one the gradients (10 x Adam's first moment)."""
+    moments = {id(p): s for o in optimizers for p, s in o.state.items()}
+    compared = 0
+    for name, (parameter, how) in named.items():
+        if f"step{step}/{name}" in data and not name.startswith(skip):
+            close(oriented(parameter, how), data[f"step{step}/{name}"], PARAMETERS, f"step {step} {name}")
+            compared += 1
+        if step == 1 and f"step1/adam_m/{name}" in data and not name.startswith(skip):
+            gradient = oriented(moments[id(parameter)]["exp_avg"], how) * 10
+            close(gradient, 10 * data[f"step1/adam_m/{name}"], GRADIENTS, f"gradient {name}")
+    return compared
+
+
+def make(data, hyper, squash=False):
+    agent = ooo.Agent(hyper["obs_dim"], hyper["act_dim"], hyper["hidden_dims"], hyper["actor_lr"], "cpu", squash=squash)
+    bounds = {}
+    if hyper.get("minimum_q") is not None:
+        bounds = dict(q_min=hyper["minimum_q"], q_max=hyper["maximum_q"])
+    settings = ooo.Settings(hyper["discount"], hyper["tau"], hyper["expectile"], hyper["temperature"],
+                            hyper["intrinsic_reward_scale"], **bounds)
+    rnd = None
+    if hyper["use_rnd"]:
+        networks = (ooo.mlp((hyper["obs_dim"], *hyper["rnd_hidden_dims"])) for _ in range(2))
+        rnd = ooo.RND(*networks, hyper["obs_dim"], hyper["rnd_lr"], "cpu", update_proportion=hyper["rnd_update_proportion"])
+    return agent, settings, rnd
+
+
+def check_rnd_state(data, rnd, step):
+    for ours, theirs in (("obs", "rnd_obs_rms"), ("reward", "rnd_reward_rms")):
+        for part in ("mean", "var", "count"):
+            want = data[f"step{step}/{theirs}.{part}"]
+            close(getattr(rnd, f"{ours}_{part}").reshape(want.shape), want, RND_STATE, f"step {step} {theirs}.{part}")
+
+
+@pytest.mark.parametrize("name", ["iql_plain", "iql_qbounds", "iql_intrinsic_qbounds", "iql_rnd"])
+def test_iql(name):
+    data, hyper = read(name)
+    agent, settings, rnd = make(data, hyper)
+    named = parameters(agent, rnd)
+    load(data, named)
+    infos = {"losses/value": "value_loss", "losses/critic": "critic_loss", "losses/actor": "actor_loss"}
+    for step in range(hyper["steps"]):
+        batch = tensors(data, "batch/", step)
+        bonus = batch.pop("intrinsic_rewards", None)
+        if rnd:
+            uniform = torch.from_numpy(data["noise/rnd_mask_uniform"][step])
+            bonus, rnd_loss = rnd.update(batch["observations"], batch["next_observations"], uniform)
+            close(rnd_loss, data["info/rnd_loss"][step], INFOS, "rnd_loss")
+        losses = ooo.iql_update(agent, batch, settings, bonus)
+        for ours, theirs in infos.items():
+            close(losses[ours], data[f"info/{theirs}"][step], INFOS, f"step {step} {theirs}")
+        close(losses["losses/advantage_mean"], data["info/adv"][step].mean(), INFOS, "advantage")
+        compared = 0
+        if f"step{step + 1}/critic.0.weight" in data:
+            optimizers = [*agent.optimizers.values(), *([rnd.optimizer] if rnd else [])]
+            compared = check_step(data, named, optimizers, step + 1)
+            assert compared >= len(named) - 4  # the fixed RND target is stored once
+            if rnd and f"step{step + 1}/rnd_obs_rms.mean" in data:
+                check_rnd_state(data, rnd, step + 1)
+    assert compared, "the last update must be one of the stored ones"
+    assert step + 1 == hyper["steps"]
+
+
+def test_rnd_alone():
+    data, hyper = read("rnd_only")
+    _, _, rnd = make(data, {**hyper, "hidden_dims": (8,), "actor_lr": 0.0, "discount": 0, "tau": 0, "expectile": 0.5,
+                            "temperature": 0, "intrinsic_reward_scale": 0, "use_rnd": True})
+    named = {}
+    for prefix, network in (("rnd_predictor", rnd.predictor), ("rnd_target", rnd.target)):
+        for i, layer in enumerate(m for m in network if isinstance(m, torch.nn.Linear)):
+            named[f"{prefix}.{i}.weight"], named[f"{prefix}.{i}.bias"] = (layer.weight, None), (layer.bias, None)
+    load(data, named)
+    for step in range(hyper["steps"]):
+        batch = tensors(data, "batch/", step)
+        uniform = torch.from_numpy(data["noise/rnd_mask_uniform"][step])
+        rewards, loss = rnd.update(batch["observations"], batch["next_observations"], uniform)
+        close(rewards, data["info/intrinsic_reward"][step], INFOS, f"step {step} intrinsic reward")
+        close(loss, data["info/rnd_loss"][step], INFOS, f"step {step} loss")
+        assert check_step(data, named, [rnd.optimizer], step + 1) == 4
+        check_rnd_state(data, rnd, step + 1)
+    frozen = rnd.intrinsic_rewards(tensors(data, "batch/", 0)["next_observations"])
+    close(frozen, data["frozen_reward_batch0"], INFOS, "frozen reward")
+
+
+@pytest.mark.parametrize("name", ["td3_plain", "td3_qbounds_intrinsic"])
+def test_td3(name):
+    """The value network, which the authors' code trains on the side, has no influence and is not compared."""
+    data, hyper = read(name)
+    agent, settings, _ = make(data, hyper, squash=True)
+    named = parameters(agent)
+    load(data, named)
+    for step in range(hyper["steps"]):
+        batch = tensors(data, "batch/", step)
+        noise = torch.from_numpy(data["noise/action_eps"][step]).expand(2, -1, -1)
+        losses = ooo.td3_update(agent, batch, settings, batch.pop("intrinsic_rewards", None), noise)
+        for ours, theirs in {"losses/critic": "critic_loss", "losses/actor": "actor_loss"}.items():
+            close(losses[ours], data[f"info/{theirs}"][step], INFOS, f"step {step} {theirs}")
+        if f"step{step + 1}/critic.0.weight" in data:
+            check_step(data, named, agent.optimizers.values(), step + 1, skip=("value",))
+    assert f"step{hyper['steps']}/critic.0.weight" in data

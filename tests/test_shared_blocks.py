@@ -1,0 +1,254 @@
+"""Shared blocks are equal in all scripts that hold them.
+
+    python tests/test_shared_blocks.py                      # list what is wrong
+    python tests/test_shared_blocks.py --fix iql_ooo.py     # copy that script's blocks over the other scripts' copies
+
+A block begins with the line `# === shared block: NAME ===` and ends with `# === end shared block: NAME ===`.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Which scripts hold which block. A new script adds its name here, in every block that it holds.
+BLOCKS = {
+    "run directory and metrics": {"iql_ooo.py"},
+    "environments": {"iql_ooo.py"},
+    "dataset": {"iql_ooo.py"},
+    "replay buffer": {"iql_ooo.py"},
+    "rnd": {"iql_ooo.py"},
+    "evaluation": {"iql_ooo.py"},
+    "checkpoints": {"iql_ooo.py"},
+}
+
+FENCE = re.compile(r"# === (end )?shared block: (\S.*\S|\S) ===\n")
+LOOKS_LIKE_FENCE = re.compile(r"\s*#.*=.*shared\s+block", re.IGNORECASE)
+
+
+# === the checker ===
+
+
+def read(path):
+    """Text of a file with its line ends as they are, so that equal text means equal bytes."""
+    return path.read_bytes().decode()
+
+
+def find_blocks(text):
+    """Blocks of a script as {name: (start, end)} in characters, fences included, and a list of problems."""
+    spans, problems = {}, []
+    name, start, position = None, 0, 0
+    for number, line in enumerate(text.splitlines(keepends=True), 1):
+        fence = FENCE.fullmatch(line)
+        if fence is None:
+            if LOOKS_LIKE_FENCE.match(line):
+                problems.append(f"line {number}: not written as a fence: {line.strip()}")
+        elif not fence[1]:
+            if name is not None:
+                problems.append(f"line {number}: block '{fence[2]}' opens inside block '{name}'")
+            if fence[2] in spans or fence[2] == name:
+                problems.append(f"line {number}: block '{fence[2]}' occurs twice")
+            name, start = fence[2], position
+        elif fence[2] != name:
+            inside = "outside any block" if name is None else f"inside block '{name}'"
+            problems.append(f"line {number}: end of block '{fence[2]}' {inside}")
+        else:
+            spans.setdefault(name, (start, position + len(line)))
+            name = None
+        position += len(line)
+    if name is not None:
+        problems.append(f"block '{name}' is never closed")
+    return spans, problems
+
+
+def first_difference(a, b):
+    """Line number within the blocks, and both lines, where two unequal blocks differ first."""
+    lines_a, lines_b = a.splitlines(keepends=True), b.splitlines(keepends=True)
+    for number, (line_a, line_b) in enumerate(zip(lines_a, lines_b, strict=False), 1):
+        if line_a != line_b:
+            return f"line {number} of the block: {line_a!r} and {line_b!r}"
+    return f"{len(lines_a)} and {len(lines_b)} lines"
+
+
+def find_problems(root, table):
+    """Everything wrong with the shared blocks of the scripts in root, a list of lines; empty if all is well."""
+    problems, holders = [], {}
+    for path in sorted(root.glob("*.py")):
+        text = read(path)
+        spans, found = find_blocks(text)
+        problems += [f"{path.name}: {problem}" for problem in found]
+        for name, (start, end) in spans.items():
+            holders.setdefault(name, {})[path.name] = text[start:end]
+    for name in sorted(table.keys() | holders.keys()):
+        copies, listed = holders.get(name, {}), table.get(name, set())
+        problems += [f"{script}: block '{name}' is missing" for script in sorted(listed - copies.keys())]
+        problems += [f"{script}: block '{name}' is not listed in BLOCKS" for script in sorted(copies.keys() - listed)]
+        first, *others = copies or [None]
+        for other in others:
+            if copies[other] != copies[first]:
+                difference = first_difference(copies[first], copies[other])
+                problems.append(f"block '{name}' differs between {first} and {other}: {difference}")
+    return problems
+
+
+def write_atomic(path, text):
+    """Replace a file at once: a reader sees the old text or the new one, never a part."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(text.encode())
+        shutil.copymode(path, temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def spread(root, source):
+    """Copy the blocks of the script `source` over the copies in root's other scripts; returns the names changed."""
+    texts = {path.name: read(path) for path in sorted(root.glob("*.py"))}
+    found = {name: find_blocks(text) for name, text in texts.items()}
+    for name, (_, problems) in found.items():
+        if problems:
+            raise ValueError(f"{name}: {problems[0]}")
+    blocks = {name: texts[source][start:end] for name, (start, end) in found[source][0].items()}
+    changed = []
+    for script, old in texts.items():
+        new = old
+        # From the last block to the first, so that the positions still to come stay right.
+        for name, (start, end) in sorted(found[script][0].items(), key=lambda item: -item[1][0]):
+            new = new[:start] + blocks.get(name, old[start:end]) + new[end:]
+        if new != old:
+            write_atomic(root / script, new)
+            changed.append(script)
+    return changed
+
+
+def main(argv=None, root=ROOT, table=BLOCKS):
+    parser = argparse.ArgumentParser(description="Check the shared blocks of the scripts, or make their copies equal.")
+    parser.add_argument("--fix", metavar="SCRIPT", help="script whose blocks replace the copies in the other scripts")
+    source = parser.parse_args(argv).fix
+    if source is not None:
+        if not (root / source).is_file() or Path(source).name != source:
+            parser.error(f"{source}: no such script in the top folder")
+        try:
+            changed = spread(root, source)
+        except ValueError as error:
+            print(f"nothing copied: {error}", file=sys.stderr)
+            return 1
+        print(f"changed: {', '.join(changed) or 'nothing'}")
+    problems = find_problems(root, table)
+    print("\n".join(problems) or "all shared blocks are equal")
+    return 1 if problems else 0
+
+
+# === the scripts of this repository ===
+
+
+def test_shared_blocks_of_the_scripts():
+    assert find_problems(ROOT, BLOCKS) == []
+
+
+# === the checker's own tests ===
+
+BUFFER = "# === shared block: buffer ===\nx = 1  # a comment\n# === end shared block: buffer ===\n"
+LOGGER = "# === shared block: logger ===\n\ny = 2\n# === end shared block: logger ===\n"
+TABLE = {"buffer": {"a.py", "b.py"}, "logger": {"a.py"}}
+
+
+@pytest.fixture
+def scripts(tmp_path):
+    """Two scripts that agree: a.py holds both blocks, b.py holds one, at another place and beside other code."""
+    (tmp_path / "a.py").write_bytes(f"import os\n{BUFFER}\n{LOGGER}print('a')\n".encode())
+    (tmp_path / "b.py").write_bytes(f"print('b')\nprint('c')\n{BUFFER}".encode())
+    return tmp_path
+
+
+def edit(root, name, old, new):
+    path = root / name
+    assert old in read(path)
+    path.write_bytes(read(path).replace(old, new, 1).encode())
+
+
+def test_equal_blocks_pass(scripts):
+    assert find_problems(scripts, TABLE) == []
+    assert main([], scripts, TABLE) == 0
+
+
+@pytest.mark.parametrize(
+    ("script", "old", "new", "problem"),
+    [
+        ("b.py", "a comment", "another comment", "differs between a.py and b.py: line 2"),
+        ("b.py", "x = 1", "x =  1", "differs between a.py and b.py: line 2"),
+        ("b.py", "a comment\n", "a comment\r\n", "differs between a.py and b.py: line 2"),
+        ("b.py", "a comment\n", "a comment\nz = 3\n", "differs between a.py and b.py: line 3"),
+        ("b.py", "# === end shared block: buffer ===\n", "", "b.py: block 'buffer' is never closed"),
+        ("b.py", "# === shared block: buffer ===\n", "", "b.py: line 4: end of block 'buffer' outside any block"),
+        ("b.py", "# === end", "#=== end", "not written as a fence"),
+        ("b.py", "buffer ===\n", "buffer === \n", "not written as a fence"),
+        ("b.py", BUFFER, "", "b.py: block 'buffer' is missing"),
+        ("a.py", LOGGER, "", "a.py: block 'logger' is missing"),
+        ("b.py", BUFFER, BUFFER + LOGGER, "b.py: block 'logger' is not listed"),
+        ("a.py", "print('a')\n", BUFFER, "block 'buffer' occurs twice"),
+        ("a.py", "y = 2\n", BUFFER, "block 'buffer' opens inside block 'logger'"),
+        ("a.py", "# === end shared block: logger", "# === end shared block: log", "end of block 'log' inside block"),
+    ],
+)
+def test_faults_are_found(scripts, script, old, new, problem):
+    edit(scripts, script, old, new)
+    assert problem in "\n".join(find_problems(scripts, TABLE))
+    assert main([], scripts, TABLE) == 1
+
+
+def test_a_script_that_the_table_does_not_know_is_found(scripts):
+    (scripts / "c.py").write_text(BUFFER)
+    assert find_problems(scripts, TABLE) == ["c.py: block 'buffer' is not listed in BLOCKS"]
+
+
+def test_fix_repairs_a_changed_copy(scripts):
+    before = read(scripts / "b.py")
+    (scripts / "b.py").chmod(0o755)
+    edit(scripts, "b.py", "a comment", "a much longer comment\n# and one line more")
+    source = read(scripts / "a.py")
+    assert main(["--fix", "a.py"], scripts, TABLE) == 0
+    assert read(scripts / "b.py") == before
+    assert (scripts / "b.py").stat().st_mode & 0o777 == 0o755
+    assert read(scripts / "a.py") == source
+    assert sorted(path.name for path in scripts.iterdir()) == ["a.py", "b.py"]
+
+
+def test_fix_copies_several_blocks_and_only_from_the_named_script(scripts):
+    (scripts / "b.py").write_text(f"{LOGGER.replace('y = 2', 'y = 33')}# between\n{BUFFER.replace('x = 1', 'x = 44')}")
+    assert spread(scripts, "b.py") == ["a.py"]
+    assert read(scripts / "a.py") == (
+        f"import os\n{BUFFER.replace('x = 1', 'x = 44')}\n{LOGGER.replace('y = 2', 'y = 33')}print('a')\n"
+    )
+    assert spread(scripts, "b.py") == []
+
+
+@pytest.mark.parametrize("source", ["a.py", "b.py"])
+def test_fix_copies_nothing_while_a_fence_is_broken(scripts, source):
+    edit(scripts, "a.py", "x = 1", "x = 5")
+    (scripts / "c.py").write_text(BUFFER.replace("# === end shared block: buffer ===\n", ""))
+    before = {path.name: read(path) for path in scripts.iterdir()}
+    with pytest.raises(ValueError, match="c.py: block 'buffer' is never closed"):
+        spread(scripts, source)
+    assert main(["--fix", source], scripts, TABLE) == 1
+    assert {path.name: read(path) for path in scripts.iterdir()} == before
+
+
+def test_fix_refuses_an_unknown_script(scripts):
+    with pytest.raises(SystemExit) as stop:
+        main(["--fix", "no_such.py"], scripts, TABLE)
+    assert stop.value.code == 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
