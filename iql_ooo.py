@@ -209,19 +209,20 @@ class Args:
     """wandb mode."""
 
 
-BUDGETS = ("offline_steps", "online_steps", "retrain_at", "retrain_steps", "eval_every", "log_every", "checkpoint_every")
+BUDGETS = ("offline_steps", "online_steps", "retrain_at", "retrain_steps", "eval_every", "log_every",
+           "checkpoint_every")
 NOT_SETTINGS = ("resume", "track", "wandb_project", "wandb_mode", "runs_dir", "video")  # may change at --resume
 
 # Overrides of Args per task, from the official IQL configs (Table 4 where they agree; see the numbered list).
 ADROIT_BINARY = dict(
     offline_steps=25_000, online_steps=1_000_000, retrain_at=(250_000, 500_000, 750_000, 1_000_000),
     expectile=0.8, dropout=0.1, q_reward_bounds=(-1.0, 5.0),
-)  # fmt: skip
+)
 KITCHEN = dict(
     offline_steps=1_000_000, online_steps=4_000_000, retrain_at=(1_000_000, 2_000_000, 3_000_000, 4_000_000),
     temperature=0.5, dropout=0.1, reward_bias=-4.0, mask_reward=4.0, intrinsic_reward_scale=10.0,
     retrain_upsample=8, upsample_reward=4.0, upsample_trajectories=True,
-)  # fmt: skip
+)
 MAZE = dict(reward_bias=-1.0, expectile=0.9, intrinsic_reward_scale=10.0, retrain_upsample=8)
 TASKS = {
     "pen-binary-v0": ADROIT_BINARY,
@@ -233,15 +234,15 @@ TASKS = {
     "antmaze-goal-missing-large-v2": dict(
         MAZE, temperature=10.0, online_steps=2_000_000, remove_discs=((14.0, -12.0, 2.5),),
         retrain_at=(500_000, 750_000, 1_000_000, 1_250_000, 1_500_000),
-    ),  # fmt: skip
+    ),
     "maze2d-missing-data-large-v1": dict(
         # Goal, top-left and bottom-left of the drawn map (section 5.2; where the corners lie is not published).
         MAZE, data_subset=500_000, remove_discs=((3.5, -3.0, 1.5), (-4.5, 3.0, 1.5), (-4.5, -3.0, 2.0)),
-    ),  # fmt: skip
+    ),
     "hammer-truncated-expert-v1": dict(
         offline_steps=50_000, truncate_episodes=20, log_std_min=-2.0,
         retrain_expectile=0.8, retrain_dropout=0.1, retrain_log_std_min=-5.0,
-    ),  # fmt: skip
+    ),
 }
 
 
@@ -294,9 +295,12 @@ def fail(message, code=2) -> NoReturn:
     raise SystemExit(code)
 
 
-def derive_seed(seed, *keys):
-    """An independent 32-bit seed for each (seed, keys...) of non-negative integers."""
-    return int(np.random.SeedSequence([seed, *keys]).generate_state(1)[0])
+SEED_FOR = {name: i for i, name in enumerate(("training episode", "evaluation", "subset", "retraining", "eval-only"))}
+
+
+def derive_seed(seed, purpose, index=0):
+    """An independent 32-bit seed for each (seed, purpose, index)."""
+    return int(np.random.SeedSequence([seed, SEED_FOR[purpose], index]).generate_state(1)[0])
 
 
 def pick_device(name):
@@ -329,10 +333,11 @@ def read_config(run_dir):
     path = Path(run_dir) / "config.json"
     try:
         config = json.loads(path.read_text())
-        return {**config, "args": dict(config["args"])}
+        tuples = lambda value: tuple(map(tuples, value)) if isinstance(value, list) else value  # noqa: E731
+        return {**config, "args": {name: tuples(value) for name, value in config["args"].items()}}
     except OSError as error:
         fail(f"{run_dir} is not a run directory: cannot read {path.name} ({error.strerror}); give the folder of a run")
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         fail(f"{path} is not the config of a run; give the folder of a run")
 
 
@@ -343,7 +348,7 @@ def provenance(device, precision):
     with suppress(OSError, subprocess.SubprocessError):
         here = Path(__file__).resolve().parent
         git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"],
-                             capture_output=True, text=True, timeout=10)  # fmt: skip
+                             capture_output=True, text=True, timeout=10)
         commit = git.stdout.strip() or None
     cpu = platform.processor() or platform.machine()
     with suppress(OSError):
@@ -373,18 +378,18 @@ class Run:
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
         atomic_write(self.path / "config.json", json.dumps(config, indent=1).encode())
-        self.files = {name: open(self.path / name, "ab") for name in (*self.FILES, "timing.jsonl")}
+        self.files = {name: open(self.path / name, "ab", buffering=0) for name in (*self.FILES, "timing.jsonl")}
         self.wandb = None
         if track:
             import wandb
 
             run_id = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:16]
-            self.wandb = wandb.init(id=run_id, resume="allow", dir=self.path, name=self.path.name, config=config, **track)
+            self.wandb = wandb.init(id=run_id, name=self.path.name, dir=self.path, config=config, resume="allow",
+                                    **track)
 
     def log(self, file, record):
         """Append one record (a line of JSON) to a file, and to wandb."""
         self.files[file].write(json.dumps(record).encode() + b"\n")
-        self.files[file].flush()
         if self.wandb:
             prefix = record["phase"] + "/"
             self.wandb.log({prefix + k: v for k, v in record.items() if isinstance(v, (int, float))})
@@ -393,14 +398,13 @@ class Run:
         """Bytes of each reproducible file, on disk for good: where a checkpoint lets the files end."""
         for name in self.FILES:
             os.fsync(self.files[name].fileno())
-        return {name: self.files[name].tell() for name in self.FILES}
+        return {name: os.path.getsize(self.path / name) for name in self.FILES}
 
     def truncate(self, offsets):
         for name in self.FILES:
             if os.path.getsize(self.path / name) < offsets[name]:
                 fail(f"{self.path / name} is shorter than its checkpoint says; the run cannot be resumed")
             self.files[name].truncate(offsets[name])
-            self.files[name].seek(offsets[name])
 
 
 class NonFiniteLoss(Exception):
@@ -465,7 +469,7 @@ class Task:
 def _kitchen(*subtasks):
     # Noise 0.1 is the level of the D4RL environment; the reward counts completed tasks, nothing terminates.
     return dict(tasks_to_complete=list(subtasks), remove_task_when_completed=True,
-                terminate_on_tasks_completed=False, robot_noise_ratio=0.1, object_noise_ratio=0.1)  # fmt: skip
+                terminate_on_tasks_completed=False, robot_noise_ratio=0.1, object_noise_ratio=0.1)
 
 
 _ABCD = _kitchen("microwave", "kettle", "light switch", "slide cabinet")
@@ -487,7 +491,7 @@ ENVIRONMENTS = {
         "maze2d", "PointMaze_Large-v3", 800, ("D4RL/pointmaze/large-v2",), _MAZE, (6.7, 273.99), (3.5, -3.0)),
     "hammer-truncated-expert-v1": Task(
         "hammer", "AdroitHandHammer-v1", 200, ("D4RL/hammer/expert-v2",), {}, (-274.856578, 12794.134825156867)),
-}  # fmt: skip
+}
 GOAL_RADIUS = 0.5  # D4RL's in both mazes; gymnasium-robotics uses 0.45
 ANTMAZE_DATA_GOAL_OFFSET = (0.75, -0.75)  # mean of the goals drawn by TaskEnv.reset
 
@@ -550,7 +554,7 @@ class TaskEnv(gym.Wrapper):
                 self.goal = self.goal + offset * (1, -1)
             else:  # any of the 46 free cells, the goal's included
                 free = [(i, j) for i, row in enumerate(self.unwrapped.maze.maze_map)
-                        for j, cell in enumerate(row) if cell != 1]  # fmt: skip
+                        for j, cell in enumerate(row) if cell != 1]
                 start = free[self.rng.integers(len(free))]
             options |= {"goal_cell": np.array([7, 9]), "reset_cell": np.array(start)}
         obs, info = self.env.reset(seed=seed, options=options or None)
@@ -579,7 +583,7 @@ def make_env(env_id, render_mode=None):
         gym.logger.min_level = gym.logger.ERROR
         gym.register_envs(gymnasium_robotics)
         env = gym.make(task.gym_id, max_episode_steps=task.horizon, render_mode=render_mode,
-                       disable_env_checker=True, **task.kwargs)  # fmt: skip
+                       disable_env_checker=True, **task.kwargs)
     return TaskEnv(env, task)
 
 
@@ -603,7 +607,10 @@ def open_minari(dataset_id):
 
     root = os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets"
     if (Path(root) / dataset_id / "data").exists():
-        return minari.load_dataset(dataset_id)
+        try:
+            return minari.load_dataset(dataset_id)
+        except Exception as error:  # h5py, json and minari raise many kinds for a damaged store
+            fail(f"dataset {dataset_id} in {root} cannot be read ({error}); delete it there and get it again")
     try:
         import urllib.request
 
@@ -616,7 +623,7 @@ def open_minari(dataset_id):
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         fail(f"dataset {dataset_id} is not in the local store {root} and cannot be downloaded ({reason}); set "
              f"MINARI_DATASETS_PATH to a store that has it, or run `minari download {dataset_id}` on a machine with "
-             f"network and copy it, or give --dataset-id or --dataset-path")  # fmt: skip
+             f"network and copy it, or give --dataset-id or --dataset-path")
 
 
 def read_minari(task, dataset_ids, kitchen_cumulative):
@@ -640,14 +647,14 @@ def read_minari(task, dataset_ids, kitchen_cumulative):
                 if task.family == "kitchen":
                     achieved, desired = episode.observations["achieved_goal"], episode.observations["desired_goal"]
                     done = np.stack([np.linalg.norm(achieved[t][1:] - desired[t][1:], axis=-1) < 0.3
-                                     for t in task.kwargs["tasks_to_complete"]])  # fmt: skip
+                                     for t in task.kwargs["tasks_to_complete"]])
                     rewards = (np.maximum.accumulate(done, axis=1) if kitchen_cumulative else done).sum(0)
             except (KeyError, IndexError, TypeError) as error:
                 fail(f"dataset {dataset_id} has not the observations of {task.gym_id} ({error!r}); "
-                     "give a dataset of this task")  # fmt: skip
+                     "give a dataset of this task")
             rows = dict(observations=observations[:-1], actions=episode.actions, rewards=rewards,
                         next_observations=observations[1:], terminations=episode.terminations,
-                        episodes=np.full(len(rewards), len(columns.get("episodes", ()))))  # fmt: skip
+                        episodes=np.full(len(rewards), len(columns.get("episodes", ()))))
             for name, value in rows.items():
                 columns.setdefault(name, []).append(value)
         seen |= here
@@ -674,7 +681,7 @@ def read_npz(path, keep_terminals):
     terminations = data["terminals"].astype(bool).reshape(n)
     ends = terminations | (data["timeouts"].astype(bool).reshape(n) if "timeouts" in data else False)
     columns = dict(observations=data["observations"], actions=data["actions"], rewards=data["rewards"].reshape(n),
-                   terminations=terminations, episodes=np.concatenate([[0], np.cumsum(ends)[:-1]]))  # fmt: skip
+                   terminations=terminations, episodes=np.concatenate([[0], np.cumsum(ends)[:-1]]))
     if "next_observations" in data:
         columns["next_observations"] = data["next_observations"]
         return columns
@@ -685,7 +692,7 @@ def read_npz(path, keep_terminals):
 
 
 def load_dataset(env_id, env, *, dataset_ids=(), dataset_path="", truncate_episodes=0, data_subset=0, remove_discs=(),
-                 kitchen_cumulative=False, seed=0):  # fmt: skip
+                 kitchen_cumulative=False, seed=0):
     """The task's offline data and a report. Returns ({column: float32 array (n, ...)}, dict). Columns: observations,
     actions, rewards (raw), next_observations, terminations, episodes (index of the episode). Order: read, check,
     truncate, relabel, subset, remove discs."""
@@ -696,7 +703,7 @@ def load_dataset(env_id, env, *, dataset_ids=(), dataset_path="", truncate_episo
         data = read_minari(task, dataset_ids or task.datasets, kitchen_cumulative)
     source = dataset_path or " + ".join(dataset_ids or task.datasets)
     spaces = {"observations": env.observation_space.shape, "next_observations": env.observation_space.shape,
-              "actions": env.action_space.shape}  # fmt: skip
+              "actions": env.action_space.shape}
     for name, shape in spaces.items():
         if data[name].shape[1:] != shape:
             fail(f"{source}: {name} have shape {data[name].shape[1:]}, {env_id} needs {shape}; give a dataset of it")
@@ -723,7 +730,7 @@ def load_dataset(env_id, env, *, dataset_ids=(), dataset_path="", truncate_episo
     data["terminations"] = success.astype(np.float32) if task.family == "antmaze" else np.zeros_like(data["rewards"])
     report["successful_episodes_before_removal"] = len(np.unique(data["episodes"][success]))
     if data_subset and data_subset < len(success):
-        keep = np.random.default_rng(derive_seed(seed, 3)).choice(len(success), data_subset, replace=False)
+        keep = np.random.default_rng(derive_seed(seed, "subset")).choice(len(success), data_subset, replace=False)
         data, success = {name: value[keep] for name, value in data.items()}, success[keep]
         report["subset"] = data_subset
     for x, y, radius in remove_discs:
@@ -764,7 +771,7 @@ class ReplayBuffer:
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
         if need > 0.95 * free:
             fail(f"the replay buffer needs {need / 2**30:.2f} GiB for {capacity} transitions, {device} has "
-                 f"{free / 2**30:.2f} GiB free; lower --online-steps or --data-subset, or use another device")  # fmt: skip
+                 f"{free / 2**30:.2f} GiB free; lower --online-steps or --data-subset, or use another device")
         self.bytes, self.size, self.row = need, 0, np.empty(width, np.float32)
         self.data = torch.empty((capacity, width), device=device)
 
@@ -956,19 +963,20 @@ class RND(nn.Module):
     features of s', divided by the running standard deviation of such errors, is the intrinsic reward."""
 
     def __init__(self, predictor, target, obs_dim, learning_rate, device, *, update_proportion=0.25, reward="max",
-                 reward_before_step=False):  # fmt: skip
+                 reward_before_step=False):
         """predictor, target: networks (n, obs_dim) -> (n, features). reward: 'max' over features of the squared error
         (official code) or 'l2', its sum (paper). reward_before_step: order of the RLPD and Cal-QL codes."""
         super().__init__()
         self.predictor, self.target = predictor, target.requires_grad_(False)
-        self.update_proportion, self.reward_form, self.reward_before_step = update_proportion, reward, reward_before_step
+        self.update_proportion, self.reward_form = update_proportion, reward
+        self.reward_before_step = reward_before_step
         for name, dim in (("obs", obs_dim), ("reward", 1)):
             self.register_buffer(f"{name}_mean", torch.zeros(dim, dtype=torch.float64))
             self.register_buffer(f"{name}_var", torch.ones(dim, dtype=torch.float64))
             self.register_buffer(f"{name}_count", torch.tensor(1e-4, dtype=torch.float64))
         self.to(device)
         self.optimizer = torch.optim.Adam(self.predictor.parameters(), lr=learning_rate, fused=True,
-                                          capturable=torch.device(device).type == "cuda")  # fmt: skip
+                                          capturable=torch.device(device).type == "cuda")
 
     def normalize(self, observations):
         return ((observations - self.obs_mean.float()) / self.obs_var.sqrt().float()).clamp(-5.0, 5.0)
@@ -1070,7 +1078,7 @@ def iql_update(agent, batch, settings, intrinsic_rewards=None):
     agent.update_target(settings.tau)
     return {"losses/value": value_loss.detach(), "losses/critic": critic_loss.detach(),
             "losses/actor": actor_loss.detach(), "losses/q_mean": q.detach().mean(), "losses/v_mean": v.mean(),
-            "losses/advantage_mean": advantage.mean()}  # fmt: skip
+            "losses/advantage_mean": advantage.mean()}
 
 
 def td3_update(agent, batch, settings, intrinsic_rewards=None, noise=None):
@@ -1092,7 +1100,7 @@ def td3_update(agent, batch, settings, intrinsic_rewards=None, noise=None):
     agent.step("critic_actor")
     agent.update_target(settings.tau)
     return {"losses/critic": critic_loss.detach(), "losses/actor": actor_loss.detach(),
-            "losses/q_mean": q.detach().mean()}  # fmt: skip
+            "losses/q_mean": q.detach().mean()}
 
 
 def task_batch(batch, args):
@@ -1150,7 +1158,7 @@ def evaluate(env, act, episodes, seed, frames=None):
     Start states depend on `seed` alone. frames: a list that receives the rendered pictures, or None."""
     results = []
     for i in range(episodes):
-        obs, _ = env.reset(seed=derive_seed(seed, 2, i))
+        obs, _ = env.reset(seed=derive_seed(seed, "evaluation", i))
         episode, done = {"return": 0.0, "length": 0, "success": False, "max_reward": -float("inf")}, False
         while not done:
             if frames is not None:
@@ -1181,7 +1189,7 @@ def summarize(env_id, episodes):
 
 # === shared block: checkpoints ===
 def atomic_write(path, content):
-    """Write bytes so that at any moment the file is the old one or the new one, complete; exit 1 if the disk is full."""
+    """Write bytes so that at any moment the file is the old one or the new one, complete."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -1236,39 +1244,44 @@ def set_rng(state, device):
 SCRIPT = "iql_ooo"
 
 
-def save_checkpoint(s, agent=None, outer_rng=None):
-    """Everything a resumed process needs, in one file; new online transitions go to a file of their own first."""
+def save_checkpoint(s, retraining=None):
+    """Everything a resumed process needs, in one file; new online transitions go to a file of their own first.
+    retraining: dict with agent, losses and outer_rng of the retraining under way."""
     p = s.progress
-    s.losses.check(p["retrain_step"] if agent else p["grad_step"])
+    s.losses.check(p["grad_step"])
     if p["env_step"] > p["saved_steps"]:
         s.buffer.save_chunk(s.run.path / "replay", s.offline_size, p["saved_steps"], p["env_step"])
         p["saved_steps"] = p["env_step"]
-    save_torch(s.run.path / "checkpoint.pt", {
-        "script": SCRIPT, "progress": p, "offsets": s.run.offsets(), "losses": s.losses.state_dict(),
-        "explorer": s.explorer.full_state() if s.explorer else None,
+    content = {
+        "script": SCRIPT, "progress": p, "offsets": s.run.offsets(), "rng": get_rng(s.device), "retraining": None,
+        "losses": s.losses.state_dict(), "explorer": s.explorer.full_state() if s.explorer else None,
         "rnd": {"state": s.rnd.state_dict(), "optimizer": s.rnd.optimizer.state_dict()} if s.rnd else None,
-        "exploiter": agent.full_state() if agent else None, "rng": get_rng(s.device), "outer_rng": outer_rng,
-    })  # fmt: skip
+    }
+    if retraining:
+        retraining["losses"].check(p["retrain_step"])
+        content["rng"] = retraining["outer_rng"]
+        content["retraining"] = {"agent": retraining["agent"].full_state(), "rng": get_rng(s.device),
+                                 "losses": retraining["losses"].state_dict()}
+    save_torch(s.run.path / "checkpoint.pt", content)
 
 
 def load_checkpoint(s):
     """Bring a session that was just built to where its run directory's checkpoint was written."""
-    path = s.run.path / "checkpoint.pt"
+    path, p = s.run.path / "checkpoint.pt", s.progress
     if not path.exists():  # killed before the first one: from the start
-        s.run.truncate(dict.fromkeys(Run.FILES, 0))
-        return None
+        return s.run.truncate(dict.fromkeys(Run.FILES, 0))
     saved = load_torch(path, SCRIPT, s.device)
-    s.progress.update(saved["progress"])
+    p.update(saved["progress"])
     s.run.truncate(saved["offsets"])
-    if not s.args.exploit_only:
-        s.buffer.load_chunks(s.run.path / "replay", s.progress["saved_steps"])
+    s.losses.load_state_dict(saved["losses"], s.device)
+    set_rng(saved["rng"], s.device)
+    s.retraining = saved["retraining"]
+    if s.explorer:
+        s.buffer.load_chunks(s.run.path / "replay", p["saved_steps"])
         s.explorer.load_full_state(saved["explorer"])
     if s.rnd:
         s.rnd.load_state_dict(saved["rnd"]["state"])
         s.rnd.optimizer.load_state_dict(saved["rnd"]["optimizer"])
-    s.losses.load_state_dict(saved["losses"], s.device)
-    set_rng(saved["outer_rng"] or saved["rng"], s.device)
-    return saved
 
 
 def phase_bar(s, phase, total, initial):
@@ -1277,10 +1290,10 @@ def phase_bar(s, phase, total, initial):
     return s.bar
 
 
-def log_losses(s, phase, step, **extra):
+def log_losses(s, phase, step, losses, **extra):
     """Mean losses since the last record, to metrics.jsonl; speed to timing.jsonl."""
     where = {"phase": phase, "env_step": s.progress["env_step"], "grad_step": step}
-    s.run.log("metrics.jsonl", {**where, **s.losses.means(step), **extra})
+    s.run.log("metrics.jsonl", {**where, **losses.means(step), **extra})
     now, (then, before) = time.perf_counter(), s.clock
     s.run.log("timing.jsonl", {**where, "charts/SPS": (s.bar.n - before) / max(now - then, 1e-9), "time": time.time()})
     s.clock = (now, s.bar.n)
@@ -1310,7 +1323,7 @@ def pretrain(s):
             p["grad_step"] += 1
             bar.update()
             if p["grad_step"] % args.log_every == 0:
-                log_losses(s, "pretrain", p["grad_step"])
+                log_losses(s, "pretrain", p["grad_step"], s.losses)
             if p["grad_step"] % args.eval_every == 0 or p["grad_step"] == args.offline_steps:
                 log_evaluation(s, "pretrain", p["grad_step"], s.explorer, 0)
             if p["grad_step"] % args.checkpoint_every == 0 or p["grad_step"] == args.offline_steps:
@@ -1341,14 +1354,14 @@ def online(s):
 def play_episode(s, bar):
     """One training episode (cut short at the end of the budget), with its updates, records and snapshots."""
     args, p = s.args, s.progress
-    obs, _ = s.env.reset(seed=derive_seed(args.seed, 1, p["episode"]))
+    obs, _ = s.env.reset(seed=derive_seed(args.seed, "training episode", p["episode"]))
     episode, done = {"return": 0.0, "length": 0, "success": False}, False
     first_id = s.offline_episodes
     while not done and p["env_step"] < args.online_steps:
         action = s.explorer.act(obs, sample=True)
         next_obs, reward, terminated, truncated, info = s.env.step(action)
         s.buffer.add(observations=obs, actions=action, rewards=reward, next_observations=next_obs,
-                     terminations=terminated, episodes=first_id + p["episode"])  # fmt: skip
+                     terminations=terminated, episodes=first_id + p["episode"])
         obs, done = next_obs, terminated or truncated
         episode["return"] += reward
         episode["length"] += 1
@@ -1359,7 +1372,7 @@ def play_episode(s, bar):
         bar.update()
         t = p["env_step"]
         if t % args.log_every == 0:
-            log_losses(s, "online", p["grad_step"], **recent_intrinsic_reward(s))
+            log_losses(s, "online", p["grad_step"], s.losses, **recent_intrinsic_reward(s))
         if t % args.eval_every == 0 or t in args.retrain_at or t == args.online_steps:
             summary = log_evaluation(s, "online", p["grad_step"], s.explorer, t)
             if t in args.retrain_at:
@@ -1367,7 +1380,7 @@ def play_episode(s, bar):
                 snapshot(s, t)
     p["episode"] += 1
     s.run.log("metrics.jsonl", {"phase": "online", "env_step": p["env_step"], "grad_step": p["grad_step"],
-                                **{f"charts/episodic_{key}": value for key, value in episode.items()}})  # fmt: skip
+                                **{f"charts/episodic_{key}": value for key, value in episode.items()}})
 
 
 def recent_intrinsic_reward(s):
@@ -1396,7 +1409,7 @@ def save_policy(s, agent, path):
         "hidden_dims": list(s.args.hidden_dims), "squash": agent.actor.squash, "log_std_min": agent.actor.log_std_min,
         "observation_normalization": None, "actor": agent.actor.state_dict(),
         "agent": agent.state_dict(),  # all networks: for --warm-start and for those who analyse the values
-    })  # fmt: skip
+    })
 
 
 def load_policy(path, device="cpu"):
@@ -1409,14 +1422,11 @@ def load_policy(path, device="cpu"):
     return lambda obs: agent.act(obs, sample=False), content
 
 
-def retrain_due(s, saved=None):
+def retrain_due(s):
     """Retrain for every t that the online phase has passed and that has no exploitation policy yet."""
-    p = s.progress
     for t in s.args.retrain_at:
-        if t <= p["env_step"] and t not in p["retrained"]:
-            s.losses, losses = LossHistory(), s.losses
+        if t <= s.progress["env_step"] and t not in s.progress["retrained"]:
             retrain(s, t)
-            s.losses = losses
             save_checkpoint(s)
 
 
@@ -1425,10 +1435,10 @@ def retrain(s, t):
     args, p = s.args, s.progress
     n = s.offline_size + t
     outer_rng = get_rng(s.device)  # retraining leaves no trace in the online phase that goes on after it
-    torch.manual_seed(derive_seed(args.seed, 4, t))
+    torch.manual_seed(derive_seed(args.seed, "retraining", t))
     agent = Agent(s.obs_dim, s.act_dim, args.hidden_dims, args.learning_rate, s.device,
                   dropout=first(args.retrain_dropout, args.dropout), squash=args.retrain_algorithm == "td3",
-                  log_std_min=first(args.retrain_log_std_min, args.log_std_min))  # fmt: skip
+                  log_std_min=first(args.retrain_log_std_min, args.log_std_min))
     if args.warm_start and p["retrained"]:
         previous = s.run.path / f"exploitation_{p['retrained'][-1]}.pt"
         agent.load_state_dict(load_torch(previous, SCRIPT, s.device)["agent"])
@@ -1442,33 +1452,37 @@ def retrain(s, t):
     low, high = ((r + args.reward_bias) * args.reward_scale / (1 - args.gamma) for r in (raw.min(), raw.max()))
     bounds = dict(q_min=float(min(low, high)), q_max=float(max(low, high))) if args.retrain_q_bounds else {}
     settings = Settings(args.gamma, args.tau, first(args.retrain_expectile, args.expectile), args.temperature,
-                        args.intrinsic_reward_scale, **bounds)  # fmt: skip
+                        args.intrinsic_reward_scale, **bounds)
     update = make_update(args, s.buffer, agent, settings, frozen_rnd, frozen_rnd=True)
     high_rows = high_reward_rows(s, n)
+    upsample = args.retrain_upsample if len(high_rows) else 0
 
-    if p["retrain_step"] and s.saved:
-        agent.load_full_state(s.saved["exploiter"])
-        s.losses.load_state_dict(s.saved["losses"], s.device)
-        set_rng(s.saved["rng"], s.device)
+    losses, online_bar = LossHistory(), s.bar
+    if s.retraining:  # this retraining was interrupted
+        agent.load_full_state(s.retraining["agent"])
+        losses.load_state_dict(s.retraining["losses"], s.device)
+        set_rng(s.retraining["rng"], s.device)
+        s.retraining = None
     with phase_bar(s, f"retrain t={t}", args.retrain_steps, p["retrain_step"]) as bar:
         if p["retrain_step"] == 0:
             log_evaluation(s, "retrain", 0, agent, t)
         while p["retrain_step"] < args.retrain_steps:
-            rows = torch.randint(n, (args.batch_size - (args.retrain_upsample if len(high_rows) else 0),), device=s.device)
-            if len(high_rows) and args.retrain_upsample:
-                draw = torch.randint(len(high_rows), (args.retrain_upsample,), device=s.device)
-                rows = torch.cat([rows, high_rows[draw]])
-            s.losses.add(update(s.buffer.data[rows]))
+            rows = torch.randint(n, (args.batch_size - upsample,), device=s.device)
+            if upsample:
+                rows = torch.cat([rows, high_rows[torch.randint(len(high_rows), (upsample,), device=s.device)]])
+            losses.add(update(s.buffer.data[rows]))
             p["retrain_step"] += 1
             bar.update()
             step = p["retrain_step"]
             if step % args.log_every == 0:
-                log_losses(s, "retrain", step)
+                log_losses(s, "retrain", step, losses)
             if step % args.eval_every == 0 or step == args.retrain_steps:
                 summary = log_evaluation(s, "retrain", step, agent, t)
             if step % args.checkpoint_every == 0 and step < args.retrain_steps:
-                save_checkpoint(s, agent, outer_rng)
-    s.losses.check(p["retrain_step"])
+                save_checkpoint(s, dict(agent=agent, losses=losses, outer_rng=outer_rng))
+    losses.check(p["retrain_step"])
+    if online_bar is not None:
+        s.bar, s.clock = online_bar, (time.perf_counter(), online_bar.n)
     save_policy(s, agent, s.run.path / f"exploitation_{t}.pt")
     p["exploitation"][str(t)] = summary
     p["retrained"].append(t)
@@ -1499,7 +1513,7 @@ def high_reward_rows(s, n):
 def make_rnd(args, obs_dim, device):
     networks = (mlp((obs_dim, *args.rnd_hidden_dims)) for _ in range(2))
     return RND(*networks, obs_dim, args.rnd_learning_rate, device, update_proportion=args.rnd_update_proportion,
-               reward=args.rnd_reward)  # fmt: skip
+               reward=args.rnd_reward)
 
 
 # === main ===
@@ -1513,7 +1527,7 @@ def open_session(args):
     if path.exists():
         config = read_config(path)
         changed = [f.name for f in fields(Args) if f.name not in NOT_SETTINGS
-                   and json.dumps(config["args"].get(f.name)) != json.dumps(getattr(args, f.name))]  # fmt: skip
+                   and json.dumps(config["args"].get(f.name)) != json.dumps(getattr(args, f.name))]
         if changed:
             was = ", ".join(f"--{name.replace('_', '-')} was {config['args'].get(name)}" for name in changed)
             fail(f"--resume needs the settings that {path} was started with: {was}")
@@ -1522,21 +1536,23 @@ def open_session(args):
     data, report = load_dataset(
         args.env_id, env, dataset_ids=args.dataset_id, dataset_path=args.dataset_path, seed=args.seed,
         truncate_episodes=args.truncate_episodes, data_subset=args.data_subset, remove_discs=args.remove_discs,
-        kitchen_cumulative=args.kitchen_cumulative)  # fmt: skip
+        kitchen_cumulative=args.kitchen_cumulative)
     for started in filter(None, (config, read_config(args.exploit_only) if args.exploit_only else None)):
         if started["dataset"]["sha256"] != report["sha256"]:
             fail(f"the offline data {report['source']} is not what the run was started with (sha256 differs)")
     (obs_dim,), (act_dim,) = env.observation_space.shape, env.action_space.shape
     shapes = dict(observations=(obs_dim,), actions=(act_dim,), rewards=(), next_observations=(obs_dim,),
-                  terminations=(), episodes=())  # fmt: skip
-    buffer = ReplayBuffer(shapes, len(data["rewards"]) + args.online_steps, device)
+                  terminations=(), episodes=())
+    online_rows = max(args.retrain_at, default=0) if args.exploit_only else args.online_steps
+    buffer = ReplayBuffer(shapes, len(data["rewards"]) + online_rows, device)
     buffer.extend(data)
     progress = dict(phase="pretrain", grad_step=0, env_step=0, episode=0, saved_steps=0, retrain_step=0,
-                    retrained=[], exploration={}, exploitation={})  # fmt: skip
+                    retrained=[], exploration={}, exploitation={})
     offline_episodes = int(data["episodes"].max()) + 1
     s = SimpleNamespace(args=args, device=device, env=env, eval_env=make_env(args.env_id), obs_dim=obs_dim,
                         act_dim=act_dim, buffer=buffer, offline_size=buffer.size, offline_episodes=offline_episodes,
-                        progress=progress, losses=LossHistory(), explorer=None, rnd=None, saved=None)  # fmt: skip
+                        progress=progress, losses=LossHistory(), explorer=None, rnd=None, retraining=None,
+                        bar=None)
     if args.exploit_only:
         load_source(s)
     else:
@@ -1546,18 +1562,18 @@ def open_session(args):
     track = dict(project=args.wandb_project, mode=args.wandb_mode) if args.track else None
     s.run = Run(path, config, track)
     if args.resume:
-        s.saved = load_checkpoint(s)
+        load_checkpoint(s)
     return s
 
 
 def build_explorer(s):
     args = s.args
     s.explorer = Agent(s.obs_dim, s.act_dim, args.hidden_dims, args.learning_rate, s.device, dropout=args.dropout,
-                       log_std_min=args.log_std_min)  # fmt: skip
+                       log_std_min=args.log_std_min)
     s.rnd = make_rnd(args, s.obs_dim, s.device) if args.intrinsic_reward_scale else None
     low, high = args.q_reward_bounds or (-float("inf"), float("inf"))
     settings = Settings(args.gamma, args.tau, args.expectile, args.temperature, args.intrinsic_reward_scale,
-                        low / (1 - args.gamma), high / (1 - args.gamma))  # fmt: skip
+                        low / (1 - args.gamma), high / (1 - args.gamma))
     s.explore_update = make_update(args, s.buffer, s.explorer, settings, s.rnd)
 
 
@@ -1571,7 +1587,10 @@ def load_source(s):
     if s.args.retrain_frozen_rnd and (lost := [t for t in s.args.retrain_at if not (source / f"rnd_{t}.pt").exists()]):
         fail(f"--retrain-frozen-rnd: {source} has no rnd_{lost[0]}.pt; use the --retrain-at of that run")
     s.buffer.load_chunks(source / "replay", needed)
-    p.update(phase="online", env_step=needed, saved_steps=needed, exploration=saved["exploration"])
+    p.update(phase="exploit-only", env_step=needed, saved_steps=needed)
+    for record in map(json.loads, (source / "metrics.jsonl").read_text().splitlines()):
+        if record["phase"] == "online" and "eval/return" in record:
+            p["exploration"][str(record["env_step"])] = {k: v for k, v in record.items() if k.startswith("eval/")}
 
 
 def print_report(args, report, buffer):
@@ -1583,15 +1602,14 @@ def print_report(args, report, buffer):
 
 def print_table(s):
     """Exploration against exploitation at each t; the numbers are also in results.json."""
-    p, rows = s.progress, []
-    for t in s.args.retrain_at:
-        rows.append({"env_step": t, "exploration": p["exploration"].get(str(t)), "exploitation": p["exploitation"][str(t)]})
+    rows = [{"env_step": t, **{kind: s.progress[kind].get(str(t)) for kind in ("exploration", "exploitation")}}
+            for t in s.args.retrain_at]
     atomic_write(s.run.path / "results.json", json.dumps({"env_id": s.args.env_id, "rows": rows}, indent=1).encode())
-    print(f"\n{s.args.env_id}, seed {s.args.seed}, {s.args.eval_episodes} episodes a policy, normalised score (success)")
+    print(f"\n{s.args.env_id}, seed {s.args.seed}, {s.args.eval_episodes} episodes: normalised score (success rate)")
     print(f"{'env step':>10}  {'exploration':>18}  {'OOO exploitation':>18}")
     for row in rows:
         cells = [f"{r['eval/normalized_score']:9.1f} ({r['eval/success_rate']:6.1%})" if r else "-"
-                 for r in (row["exploration"], row["exploitation"])]  # fmt: skip
+                 for r in (row["exploration"], row["exploitation"])]
         print(f"{row['env_step']:>10}  {cells[0]:>18}  {cells[1]:>18}")
     print(f"saved in {s.run.path}")
     return rows
@@ -1604,7 +1622,7 @@ def evaluate_saved(args):
     if not policies:
         fail(f"{run} has no exploitation policy yet; finish the run first (--resume)")
     act, content = load_policy(policies[-1])
-    seed = derive_seed(args.seed, 5)  # not the episodes seen in training
+    seed = derive_seed(args.seed, "eval-only")  # not the episodes seen in training
     if args.video:
         import imageio
 
@@ -1613,8 +1631,8 @@ def evaluate_saved(args):
             evaluate(env, act, min(3, args.eval_episodes), seed, frames)
         except Exception as error:  # GL back ends fail in many ways
             fail(f"cannot render ({error}); set MUJOCO_GL=egl, or MUJOCO_GL=osmesa with libosmesa6 installed")
-        video = run / f"{policies[-1].stem}.mp4"
-        imageio.mimwrite(video.with_suffix(".tmp.mp4"), frames, fps=env.metadata.get("render_fps", 30), macro_block_size=2)
+        video, fps = run / f"{policies[-1].stem}.mp4", env.metadata.get("render_fps", 30)
+        imageio.mimwrite(video.with_suffix(".tmp.mp4"), frames, fps=fps, macro_block_size=2)
         os.replace(video.with_suffix(".tmp.mp4"), video)
         print(f"video: {video} ({len(frames)} frames)")
     episodes = evaluate(make_env(content["env_id"]), act, args.eval_episodes, seed)
@@ -1631,16 +1649,17 @@ def main(args):
         return evaluate_saved(args)
     s = open_session(args)
     try:
-        if not args.exploit_only:
-            if s.progress["phase"] == "pretrain":
-                pretrain(s)
+        if s.progress["phase"] == "exploit-only":
+            retrain_due(s)
+        if s.progress["phase"] == "pretrain":
+            pretrain(s)
         if s.progress["phase"] == "online":
             online(s)
         return print_table(s)
     except NonFiniteLoss as error:
         fail(f"{error}; stopped, the checkpoint before it is kept in {s.run.path}", code=1)
     except OSError as error:
-        fail(f"cannot write in {s.run.path} ({error.strerror}); make room and continue with --resume", code=1)
+        fail(f"cannot write in {s.run.path} ({error.strerror or error}); make room and continue with --resume", code=1)
     except KeyboardInterrupt:
         fail(f"interrupted; continue with --resume, the last checkpoint is in {s.run.path}", code=130)
 

@@ -26,7 +26,7 @@ def tensors(data, prefix, step):
 
 
 def parameters(agent, rnd=None):
-    """{golden name: (parameter, orientation)}: golden linear weights are [out, in], critic weights here (num_qs, in, out)."""
+    """{golden name: (parameter, orientation)}; golden weights are [out, in], critic weights here (num_qs, in, out)."""
     out = {}
     linears = [m for m in agent.actor.net if isinstance(m, torch.nn.Linear)]
     for name, layer in zip(["actor.0", "actor.1", "actor.mean"], linears, strict=True):
@@ -83,15 +83,17 @@ def make(data, hyper, squash=False):
     rnd = None
     if hyper["use_rnd"]:
         networks = (ooo.mlp((hyper["obs_dim"], *hyper["rnd_hidden_dims"])) for _ in range(2))
-        rnd = ooo.RND(*networks, hyper["obs_dim"], hyper["rnd_lr"], "cpu", update_proportion=hyper["rnd_update_proportion"])
+        rnd = ooo.RND(*networks, hyper["obs_dim"], hyper["rnd_lr"], "cpu",
+                      update_proportion=hyper["rnd_update_proportion"])
     return agent, settings, rnd
 
 
-def check_rnd_state(data, rnd, step):
+def check_rnd_state(rnd, wanted):
+    """wanted: {golden name: array} after an update."""
     for ours, theirs in (("obs", "rnd_obs_rms"), ("reward", "rnd_reward_rms")):
         for part in ("mean", "var", "count"):
-            want = data[f"step{step}/{theirs}.{part}"]
-            close(getattr(rnd, f"{ours}_{part}").reshape(want.shape), want, RND_STATE, f"step {step} {theirs}.{part}")
+            want = wanted[f"{theirs}.{part}"]
+            close(getattr(rnd, f"{ours}_{part}").reshape(want.shape), want, RND_STATE, f"{theirs}.{part}")
 
 
 @pytest.mark.parametrize("name", ["iql_plain", "iql_qbounds", "iql_intrinsic_qbounds", "iql_rnd"])
@@ -108,6 +110,7 @@ def test_iql(name):
             uniform = torch.from_numpy(data["noise/rnd_mask_uniform"][step])
             bonus, rnd_loss = rnd.update(batch["observations"], batch["next_observations"], uniform)
             close(rnd_loss, data["info/rnd_loss"][step], INFOS, "rnd_loss")
+            check_rnd_state(rnd, {key[4:]: value[step] for key, value in data.items() if key.startswith("rnd/")})
         losses = ooo.iql_update(agent, batch, settings, bonus)
         for ours, theirs in infos.items():
             close(losses[ours], data[f"info/{theirs}"][step], INFOS, f"step {step} {theirs}")
@@ -117,8 +120,6 @@ def test_iql(name):
             optimizers = [*agent.optimizers.values(), *([rnd.optimizer] if rnd else [])]
             compared = check_step(data, named, optimizers, step + 1)
             assert compared >= len(named) - 4  # the fixed RND target is stored once
-            if rnd and f"step{step + 1}/rnd_obs_rms.mean" in data:
-                check_rnd_state(data, rnd, step + 1)
     assert compared, "the last update must be one of the stored ones"
     assert step + 1 == hyper["steps"]
 
@@ -139,7 +140,7 @@ def test_rnd_alone():
         close(rewards, data["info/intrinsic_reward"][step], INFOS, f"step {step} intrinsic reward")
         close(loss, data["info/rnd_loss"][step], INFOS, f"step {step} loss")
         assert check_step(data, named, [rnd.optimizer], step + 1) == 4
-        check_rnd_state(data, rnd, step + 1)
+        check_rnd_state(rnd, {key[6:]: value for key, value in data.items() if key.startswith(f"step{step + 1}/")})
     frozen = rnd.intrinsic_rewards(tensors(data, "batch/", 0)["next_observations"])
     close(frozen, data["frozen_reward_batch0"], INFOS, "frozen reward")
 
