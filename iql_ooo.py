@@ -31,7 +31,7 @@ Algorithm 1. IQL: arXiv 2110.06169. RND: arXiv 1810.12894.
     python iql_ooo.py --exploit-only runs/pen-binary-v0__iql_ooo__1 --warm-start --exp-name warm               # Fig. 13
     python iql_ooo.py --env-id pen-binary-v0 --sync --exp-name sync                                            # Fig. 14
 
-Choices where paper and official code differ or are silent (numbers in brackets: reference list in README):
+Choices where paper and official code differ or are silent:
  1. AWR weight exp(temperature * advantage), as the code and Table 4's values mean it; eq. 3 divides by beta.
  2. Hammer: exploration 0.7 / dropout 0 / log_std_min -2, exploitation 0.8 / 0.1 / -5 (code; Table 4 says 0.8 / 0).
  3. Q targets are clipped in the exploitation phase (code; --no-retrain-q-bounds), from the rewards in its data; in
@@ -1290,16 +1290,16 @@ def phase_bar(s, phase, total, initial):
     return s.bar
 
 
-def log_losses(s, phase, step, losses, **extra):
+def log_losses(s, phase, env_step, step, losses, **extra):
     """Mean losses since the last record, to metrics.jsonl; speed to timing.jsonl."""
-    where = {"phase": phase, "env_step": s.progress["env_step"], "grad_step": step}
+    where = {"phase": phase, "env_step": env_step, "grad_step": step}
     s.run.log("metrics.jsonl", {**where, **losses.means(step), **extra})
     now, (then, before) = time.perf_counter(), s.clock
     s.run.log("timing.jsonl", {**where, "charts/SPS": (s.bar.n - before) / max(now - then, 1e-9), "time": time.time()})
     s.clock = (now, s.bar.n)
 
 
-def log_evaluation(s, phase, step, agent, env_step):
+def log_evaluation(s, phase, env_step, step, agent):
     """Evaluate the policy's mean; the summary goes to metrics.jsonl, every episode to evals.jsonl."""
     start = time.perf_counter()
     episodes = evaluate(s.eval_env, lambda obs: agent.act(obs, sample=False), s.args.eval_episodes, s.args.seed)
@@ -1316,16 +1316,16 @@ def pretrain(s):
     args, p = s.args, s.progress
     with phase_bar(s, "pretrain", args.offline_steps, p["grad_step"]) as bar:
         if p["grad_step"] == 0:
-            log_evaluation(s, "pretrain", 0, s.explorer, 0)
+            log_evaluation(s, "pretrain", 0, 0, s.explorer)
         while p["grad_step"] < args.offline_steps:
             rows = s.buffer.data[torch.randint(s.offline_size, (args.batch_size,), device=s.device)]
             s.losses.add(s.explore_update(rows))
             p["grad_step"] += 1
             bar.update()
             if p["grad_step"] % args.log_every == 0:
-                log_losses(s, "pretrain", p["grad_step"], s.losses)
+                log_losses(s, "pretrain", 0, p["grad_step"], s.losses)
             if p["grad_step"] % args.eval_every == 0 or p["grad_step"] == args.offline_steps:
-                log_evaluation(s, "pretrain", p["grad_step"], s.explorer, 0)
+                log_evaluation(s, "pretrain", 0, p["grad_step"], s.explorer)
             if p["grad_step"] % args.checkpoint_every == 0 or p["grad_step"] == args.offline_steps:
                 p["phase"] = "online" if p["grad_step"] == args.offline_steps else "pretrain"
                 save_checkpoint(s)
@@ -1372,9 +1372,9 @@ def play_episode(s, bar):
         bar.update()
         t = p["env_step"]
         if t % args.log_every == 0:
-            log_losses(s, "online", p["grad_step"], s.losses, **recent_intrinsic_reward(s))
+            log_losses(s, "online", t, p["grad_step"], s.losses, **recent_intrinsic_reward(s))
         if t % args.eval_every == 0 or t in args.retrain_at or t == args.online_steps:
-            summary = log_evaluation(s, "online", p["grad_step"], s.explorer, t)
+            summary = log_evaluation(s, "online", t, p["grad_step"], s.explorer)
             if t in args.retrain_at:
                 p["exploration"][str(t)] = summary
                 snapshot(s, t)
@@ -1465,7 +1465,7 @@ def retrain(s, t):
         s.retraining = None
     with phase_bar(s, f"retrain t={t}", args.retrain_steps, p["retrain_step"]) as bar:
         if p["retrain_step"] == 0:
-            log_evaluation(s, "retrain", 0, agent, t)
+            log_evaluation(s, "retrain", t, 0, agent)
         while p["retrain_step"] < args.retrain_steps:
             rows = torch.randint(n, (args.batch_size - upsample,), device=s.device)
             if upsample:
@@ -1475,9 +1475,9 @@ def retrain(s, t):
             bar.update()
             step = p["retrain_step"]
             if step % args.log_every == 0:
-                log_losses(s, "retrain", step, losses)
+                log_losses(s, "retrain", t, step, losses)
             if step % args.eval_every == 0 or step == args.retrain_steps:
-                summary = log_evaluation(s, "retrain", step, agent, t)
+                summary = log_evaluation(s, "retrain", t, step, agent)
             if step % args.checkpoint_every == 0 and step < args.retrain_steps:
                 save_checkpoint(s, dict(agent=agent, losses=losses, outer_rng=outer_rng))
     losses.check(p["retrain_step"])
@@ -1523,21 +1523,22 @@ def open_session(args):
     path = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}"
     if path.exists() and not args.resume:
         fail(f"{path} exists; continue it with --resume, or choose another --seed or --exp-name")
-    config = None
-    if path.exists():
-        config = read_config(path)
+    config = read_config(path) if (path / "config.json").exists() else None
+    if config:
         changed = [f.name for f in fields(Args) if f.name not in NOT_SETTINGS
                    and json.dumps(config["args"].get(f.name)) != json.dumps(getattr(args, f.name))]
         if changed:
             was = ", ".join(f"--{name.replace('_', '-')} was {config['args'].get(name)}" for name in changed)
             fail(f"--resume needs the settings that {path} was started with: {was}")
+    source = read_config(args.exploit_only) if args.exploit_only else None
     device, precision = setup_torch(args)
     env = make_env(args.env_id)
     data, report = load_dataset(
-        args.env_id, env, dataset_ids=args.dataset_id, dataset_path=args.dataset_path, seed=args.seed,
+        args.env_id, env, dataset_ids=args.dataset_id, dataset_path=args.dataset_path,
+        seed=source["args"]["seed"] if source else args.seed,
         truncate_episodes=args.truncate_episodes, data_subset=args.data_subset, remove_discs=args.remove_discs,
         kitchen_cumulative=args.kitchen_cumulative)
-    for started in filter(None, (config, read_config(args.exploit_only) if args.exploit_only else None)):
+    for started in filter(None, (config, source)):
         if started["dataset"]["sha256"] != report["sha256"]:
             fail(f"the offline data {report['source']} is not what the run was started with (sha256 differs)")
     (obs_dim,), (act_dim,) = env.observation_space.shape, env.action_space.shape
