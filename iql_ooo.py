@@ -375,17 +375,21 @@ class Run:
 
     def __init__(self, path, config, track=None):
         """track: keyword arguments of wandb.init, or None."""
-        self.path = Path(path)
+        self.path, self.wandb = Path(path), None
         self.path.mkdir(parents=True, exist_ok=True)
+        if track:
+            try:
+                import wandb
+
+                run_id = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:16]
+                self.wandb = wandb.init(id=run_id, name=self.path.name, dir=self.path, config=config,
+                                        resume="allow", **track)
+            except Exception as error:  # no key, no network, not installed
+                with suppress(OSError):
+                    self.path.rmdir()
+                fail(f"--track: wandb cannot start ({error}); log in, use --wandb-mode offline, or leave --track out")
         atomic_write(self.path / "config.json", json.dumps(config, indent=1).encode())
         self.files = {name: open(self.path / name, "ab", buffering=0) for name in (*self.FILES, "timing.jsonl")}
-        self.wandb = None
-        if track:
-            import wandb
-
-            run_id = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:16]
-            self.wandb = wandb.init(id=run_id, name=self.path.name, dir=self.path, config=config, resume="allow",
-                                    **track)
 
     def log(self, file, record):
         """Append one record (a line of JSON) to a file, and to wandb."""
