@@ -5,7 +5,9 @@ PY := .venv/bin/python
 ENV_ID := maze2d-missing-data-large-v1
 DATASET_ID := ooo/pointmaze/large-v0
 EXP_NAME := make_run
-RUN_ARGS ?= --scale 0.02 --torch-threads 2
+# 1/100 of the paper's budgets, one retraining, few evaluations: minutes on two cores.
+RUN_ARGS ?= --scale 0.01 --retrain-at 500000 --retrain-steps 1000000 --eval-every 250000 --eval-episodes 10 \
+            --log-every 20000 --checkpoint-every 100000 --torch-threads 2
 PYTEST_ARGS ?=
 
 .PHONY: run test lint

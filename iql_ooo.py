@@ -260,12 +260,13 @@ def parse_args(argv=None):
             fail(f"unknown --env-id {first.env_id!r}; did you mean {near}? Tasks: {', '.join(TASKS)}")
         default = Args(**{"env_id": first.env_id, **TASKS[first.env_id]})
     args = tyro.cli(Args, args=argv, default=default, description=__doc__)
-    scaled = {}
-    for name in BUDGETS:
-        value = getattr(args, name)
-        times = lambda steps: max(1, round(steps * args.scale)) if steps else 0  # noqa: E731
-        scaled[name] = tuple(map(times, value)) if isinstance(value, tuple) else times(value)
-    return replace(args, **scaled, scale=1.0)
+    if args.scale <= 0:
+        fail(f"--scale {args.scale:g} must be above 0")
+
+    def scaled(value):
+        return tuple(map(scaled, value)) if isinstance(value, tuple) else value and max(1, round(value * args.scale))
+
+    return replace(args, **{name: scaled(getattr(args, name)) for name in BUDGETS}, scale=1.0)
 
 
 def check_args(args):
@@ -283,9 +284,12 @@ def check_args(args):
         fail("--sync needs an online phase and --retrain-algorithm iql: the exploration agent takes over its value")
     if args.cudagraphs and torch.device(pick_device(args.device)).type != "cuda":
         fail("--cudagraphs needs a CUDA device; leave it out on the CPU")
-    for name in ("seed", "torch_threads", "eval_episodes", "batch_size", "log_every", "eval_every", "checkpoint_every"):
-        if getattr(args, name) < (0 if name == "seed" else 1):
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)} is too small")
+    lowest = dict.fromkeys(("seed", "offline_steps", "online_steps", "truncate_episodes", "data_subset"), 0)
+    lowest |= dict.fromkeys(("torch_threads", "eval_episodes", "batch_size", "retrain_steps", "log_every", "eval_every",
+                             "checkpoint_every"), 1)
+    for name, low in lowest.items():
+        if getattr(args, name) < low:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} is too small; the least is {low}")
 
 
 # === shared block: run directory and metrics ===
@@ -795,6 +799,14 @@ class ReplayBuffer:
         self.data[self.size] = torch.from_numpy(self.row)
         self.size += 1
 
+    def sample(self, batch_size, first=None, extra_rows=None, extra=0):
+        """Rows (batch_size, width) drawn uniformly from the first `first` transitions (None: all), `extra` of them
+        from extra_rows (k,) instead."""
+        rows = torch.randint(first or self.size, (batch_size - extra,), device=self.data.device)
+        if extra:
+            rows = torch.cat([rows, extra_rows[torch.randint(len(extra_rows), (extra,), device=self.data.device)]])
+        return self.data.index_select(0, rows)
+
     def split(self, rows):
         """Views of the fields of rows (n, width): {field: (n,) or (n, dim)}."""
         return {name: rows[:, column] for name, column in self.columns.items()}
@@ -1269,12 +1281,11 @@ def save_checkpoint(s, retraining=None):
     save_torch(s.run.path / "checkpoint.pt", content)
 
 
-def load_checkpoint(s):
-    """Bring a session that was just built to where its run directory's checkpoint was written."""
-    path, p = s.run.path / "checkpoint.pt", s.progress
-    if not path.exists():  # killed before the first one: from the start
+def restore(s, saved):
+    """Bring a session that was just built to where its checkpoint was written (None: killed before the first one)."""
+    if saved is None:
         return s.run.truncate(dict.fromkeys(Run.FILES, 0))
-    saved = load_torch(path, SCRIPT, s.device)
+    p = s.progress
     p.update(saved["progress"])
     s.run.truncate(saved["offsets"])
     s.losses.load_state_dict(saved["losses"], s.device)
@@ -1322,7 +1333,7 @@ def pretrain(s):
         if p["grad_step"] == 0:
             log_evaluation(s, "pretrain", 0, 0, s.explorer)
         while p["grad_step"] < args.offline_steps:
-            rows = s.buffer.data[torch.randint(s.offline_size, (args.batch_size,), device=s.device)]
+            rows = s.buffer.sample(args.batch_size, s.offline_size)
             s.losses.add(s.explore_update(rows))
             p["grad_step"] += 1
             bar.update()
@@ -1371,7 +1382,7 @@ def play_episode(s, bar):
         episode["length"] += 1
         episode["success"] = episode["success"] or info["success"]
         p["env_step"] += 1
-        s.losses.add(s.explore_update(s.buffer.data[torch.randint(s.buffer.size, (args.batch_size,), device=s.device)]))
+        s.losses.add(s.explore_update(s.buffer.sample(args.batch_size)))
         p["grad_step"] += 1
         bar.update()
         t = p["env_step"]
@@ -1471,10 +1482,7 @@ def retrain(s, t):
         if p["retrain_step"] == 0:
             log_evaluation(s, "retrain", t, 0, agent)
         while p["retrain_step"] < args.retrain_steps:
-            rows = torch.randint(n, (args.batch_size - upsample,), device=s.device)
-            if upsample:
-                rows = torch.cat([rows, high_rows[torch.randint(len(high_rows), (upsample,), device=s.device)]])
-            losses.add(update(s.buffer.data[rows]))
+            losses.add(update(s.buffer.sample(args.batch_size, n, high_rows, upsample)))
             p["retrain_step"] += 1
             bar.update()
             step = p["retrain_step"]
@@ -1565,9 +1573,10 @@ def open_session(args):
     print_report(args, report, buffer)
     config = config or {"script": SCRIPT, "args": asdict(args), **provenance(device, precision), "dataset": report}
     track = dict(project=args.wandb_project, mode=args.wandb_mode) if args.track else None
+    saved = load_torch(path / "checkpoint.pt", SCRIPT, device) if (path / "checkpoint.pt").exists() else None
     s.run = Run(path, config, track)
     if args.resume:
-        load_checkpoint(s)
+        restore(s, saved)
     return s
 
 

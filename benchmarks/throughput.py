@@ -1,0 +1,299 @@
+"""Speed of iql_ooo.py at a task's real sizes, beside the bare matrix products of one update and beside d3rlpy's IQL.
+
+    python benchmarks/throughput.py --d3rlpy-python benchmarks/.venv/bin/python --out results/throughput.json  # README
+    python benchmarks/throughput.py --device cuda --compile --cudagraphs
+
+All rows are measured in turns, a short chunk of each, round after round, so that a noisy machine disturbs all alike.
+"x floor" is a row's time divided by its floor's: the median over the rounds, and the best chunk by the best chunk.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from shutil import which
+from statistics import median
+from types import SimpleNamespace
+
+import torch
+import tyro
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import iql_ooo  # noqa: E402
+
+CHUNK = 0.1  # seconds
+BUFFER_ROWS = 600_000  # as hammer at the end: 100k offline, 500k online
+EXACT = 1e-6  # largest relative error of a product that still counts as float32
+
+
+@dataclass
+class Args:
+    env_id: str = "hammer-truncated-expert-v1"  # task that gives sizes, settings and environment
+    seconds: float = 20.0  # measuring time of each row
+    threads: int = 1  # CPU threads of torch
+    device: str = "auto"  # auto, cpu or cuda
+    compile: bool = False  # also measure the updates under torch.compile
+    cudagraphs: bool = False  # also measure the updates as CUDA graphs (cuda only)
+    d3rlpy_python: str = ""  # Python of an environment that has d3rlpy; without it those rows are left out
+    cpu_time: bool = False  # count processor time: a rough look on a busy machine (one thread, no GPU)
+    out: str = ""  # JSON file for the results
+
+
+@dataclass
+class Row:
+    name: str
+    chunk: object  # chunk(n) does it n times and returns the seconds that took
+    flops: int = 0  # of the matrix products in one
+    floor: str = ""  # name of the row to compare with
+    n: int = 1
+    times: list = field(default_factory=list)  # seconds for one, of every chunk
+
+
+# === the floor: the matrix products of one update and nothing else ===
+class Products:
+    """Matrix products as (out, a, b), with operands and outputs that exist once for each tensor of the update."""
+
+    def __init__(self, s, rnd):
+        """The products of one IQL update of session s, and with rnd also those of RND."""
+        self.list, self.device, args, batch = [], s.device, s.args, s.args.batch_size
+        critic_dims, value_dims = (s.obs_dim + s.act_dim, *args.hidden_dims, 1), (s.obs_dim, *args.hidden_dims, 1)
+        rnd_dims, value = (s.obs_dim, *args.rnd_hidden_dims), self.weights(value_dims)
+        if rnd:
+            predictor = self.weights(rnd_dims)
+            self.passes(self.weights(rnd_dims), batch)  # target features of s'
+            self.passes(predictor, round(batch * args.rnd_update_proportion), backward=True)  # predictor step
+            self.passes(predictor, batch)  # the updated predictor of s', for the intrinsic reward
+        self.passes(self.weights(critic_dims, members=2), batch)  # target critic: one pass for V and policy
+        self.passes(value, batch, backward=True)  # V(s), its loss
+        self.passes(value, 2 * batch)  # the new V of s' and s, for Q's target and the advantage
+        self.passes(self.weights(critic_dims, members=2), batch, backward=True)  # Q(s, a), its loss
+        self.passes(self.weights((s.obs_dim, *args.hidden_dims, s.act_dim)), batch, backward=True)  # policy, its loss
+
+    def weights(self, dims, members=0):
+        """Weights of an MLP: transposed (out, in), as a Linear has them, or one (members, in, out) for an ensemble."""
+        shapes = [(members, i, o) if members else (o, i) for i, o in zip(dims[:-1], dims[1:], strict=True)]
+        weights = [torch.randn(shape, device=self.device) / max(shape[-2:]) ** 0.5 for shape in shapes]
+        return weights if members else [weight.t() for weight in weights]
+
+    def passes(self, weights, rows, backward=False):
+        """One pass of `rows` inputs through an MLP; backward: also the gradients."""
+        members = weights[0].shape[:-2]  # () or (members,)
+        x = [torch.randn(*members, rows, w.shape[-2], device=self.device) for w in weights]  # inputs of the layers
+        x.append(torch.randn(*members, rows, weights[-1].shape[-1], device=self.device))  # the output
+        g = [torch.randn_like(value) for value in x]  # gradients of the same
+        if members:
+            x[0] = x[0][:1].expand(*members, -1, -1)  # every member sees the same input
+        for i, weight in enumerate(weights):
+            self.list.append((x[i + 1], x[i], weight))  # forward: layer i's output
+        for i in reversed(range(len(weights) if backward else 0)):
+            if members:
+                self.list.append((torch.empty_like(weights[i]), x[i].mT, g[i + 1]))  # gradient of weight i
+            else:
+                self.list.append((torch.empty_like(weights[i].t()), g[i + 1].t(), x[i]))  # the same, (out, in)
+            if i > 0:
+                self.list.append((g[i], g[i + 1], weights[i].mT))  # gradient of layer i's input; data needs none
+
+    def __call__(self):
+        for out, a, b in self.list:
+            torch.matmul(a, b, out=out)
+
+    def flops(self):
+        return sum(2 * out.numel() * a.shape[-1] for out, a, _ in self.list)
+
+    def error(self):
+        """Largest relative error (Frobenius) of a product against float64."""
+        exact = [a.double() @ b.double() for _, a, b in self.list]
+        got = [torch.matmul(a, b).double() for _, a, b in self.list]
+        return max(((x - y).norm() / y.norm()).item() for x, y in zip(got, exact, strict=True))
+
+
+# === measuring ===
+def timed(step, device, precision, cpu_time):
+    """chunk(n) of a Row for a function without arguments."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    now = time.process_time if cpu_time else time.perf_counter
+
+    def chunk(n):
+        torch.set_float32_matmul_precision(precision)
+        wait()
+        start = now()
+        for _ in range(n):
+            step()
+        wait()
+        return now() - start
+
+    return chunk
+
+
+def measure(rows, seconds):
+    """Fill row.times: a chunk of every row in turn, until each has had its time (at least 3 rounds)."""
+    for row in rows:
+        row.chunk(5)  # warm up; compiles and captures
+        row.n = max(1, round(CHUNK / max(row.chunk(3) / 3, 1e-5)))
+    for _ in tqdm(range(max(3, round(seconds / CHUNK))), desc=f"{len(rows)} rows", unit="round"):
+        for row in rows:
+            row.times.append(row.chunk(row.n) / row.n)
+
+
+def choose_precision(products, device, cpu_time, seconds):
+    """Error and time of each of torch's float32 settings on the floor; returns (fastest exact one, {setting: ...})."""
+    rows, found = [Row(name, timed(products, device, name, cpu_time)) for name in ("highest", "high", "medium")], {}
+    measure(rows, seconds)
+    for row in rows:
+        torch.set_float32_matmul_precision(row.name)
+        found[row.name] = {"relative_error": products.error(), "best_ms": min(row.times) * 1e3}
+    exact = [name for name in found if found[name]["relative_error"] < EXACT]
+    # Where settings lead to the same kernels, 3% of noise must not choose: then it is the default.
+    return min(exact, key=lambda name: found[name]["best_ms"] * (0.97 if name == "highest" else 1)), found
+
+
+# === the script's phases ===
+def make_session(settings, device):
+    """What open_session of the script builds, with random numbers in the replay buffer instead of a dataset."""
+    env = iql_ooo.make_env(settings.env_id)
+    (obs_dim,), (act_dim,) = env.observation_space.shape, env.action_space.shape
+    shapes = dict(observations=(obs_dim,), actions=(act_dim,), rewards=(), next_observations=(obs_dim,),
+                  terminations=(), episodes=())
+    buffer = iql_ooo.ReplayBuffer(shapes, BUFFER_ROWS, device)
+    buffer.data.normal_()
+    buffer.split(buffer.data)["terminations"].zero_()
+    buffer.size = BUFFER_ROWS
+    return SimpleNamespace(args=settings, device=device, env=env, obs_dim=obs_dim, act_dim=act_dim, buffer=buffer)
+
+
+def learner(s, update):
+    """One gradient step as the phases do it: sample, update, keep the losses, look at them every log_every steps."""
+    losses, batch = iql_ooo.LossHistory(), s.args.batch_size
+
+    def step():
+        losses.add(update(s.buffer.sample(batch)))
+        if len(losses.rows) == s.args.log_every:
+            losses.means(s.args.log_every)
+
+    return step
+
+
+def retrain_update(s, dropout):
+    """A new exploitation agent with the task's settings, but for the dropout rate."""
+    args = s.args
+    agent = iql_ooo.Agent(s.obs_dim, s.act_dim, args.hidden_dims, args.learning_rate, s.device, dropout=dropout)
+    expectile = iql_ooo.first(args.retrain_expectile, args.expectile)
+    settings = iql_ooo.Settings(args.gamma, args.tau, expectile, args.temperature, q_min=-100.0, q_max=100.0)
+    return iql_ooo.make_update(args, s.buffer, agent, settings)
+
+
+def player(s, choose_action, learn=lambda: None):
+    """One environment step of the online phase: act, step, store, learn. The buffer's last row is overwritten."""
+    obs = None
+
+    def step():
+        nonlocal obs
+        obs = s.env.reset()[0] if obs is None else obs
+        action = choose_action(obs)
+        next_obs, reward, terminated, truncated, _ = s.env.step(action)
+        s.buffer.size = len(s.buffer.data) - 1
+        s.buffer.add(observations=obs, actions=action, rewards=reward, next_observations=next_obs,
+                     terminations=terminated, episodes=0)
+        obs = None if terminated or truncated else next_obs
+        learn()
+
+    return step
+
+
+def start_d3rlpy(python, job):
+    """d3rlpy_iql.py in its own Python, waiting for orders: (chunk(row, n), what it says about itself)."""
+    command, pipe = [python, Path(__file__).with_name("d3rlpy_iql.py"), json.dumps(job)], subprocess.PIPE
+    if not which(python) or subprocess.run([python, "-c", "import d3rlpy"], capture_output=True).returncode:
+        iql_ooo.fail(f"--d3rlpy-python: {python} cannot import d3rlpy; see benchmarks/README.md")
+    child = subprocess.Popen(command, text=True, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
+    info = json.loads(child.stdout.readline())
+
+    def chunk(row, n):
+        print(json.dumps({"row": row, "n": n}), file=child.stdin, flush=True)
+        info.update(json.loads(child.stdout.readline()))
+        return info.pop("seconds")
+
+    return chunk, info
+
+
+# === report ===
+def report(rows):
+    """The rows as a Markdown table on stdout, and as a list of dicts."""
+    by_name, results = {row.name: row for row in rows}, []
+    digits = dict(median_ms=3, best_ms=3, per_second=0, gflop_per_second=1, x_floor_median=2, x_floor_best=2)
+    print("| row | median ms | best ms | per second | GFLOP/s | x floor (median) | x floor (best) |")
+    print("|---" + "|---:" * len(digits) + "|")
+    for row in rows:
+        middle, best, floor = median(row.times), min(row.times), by_name.get(row.floor)
+        result = {"row": row.name, "median_ms": middle * 1e3, "best_ms": best * 1e3, "per_second": 1 / middle,
+                  "flops": row.flops, "gflop_per_second": row.flops / middle / 1e9}
+        if floor:
+            ratios = [mine / its for mine, its in zip(row.times, floor.times, strict=True)]
+            result |= {"x_floor_median": median(ratios), "x_floor_best": best / min(floor.times)}
+        cells = [f"{result[key]:.{n}f}" if result.get(key) else "" for key, n in digits.items()]
+        print(f"| {row.name} | {' | '.join(cells)} |")
+        results.append(result | {"chunk_size": row.n, "chunk_ms": [round(t * 1e3, 4) for t in row.times]})
+    return results
+
+
+def main(args):
+    if args.out and not Path(args.out).parent.is_dir():
+        iql_ooo.fail(f"--out {args.out}: there is no such folder")
+    settings = iql_ooo.parse_args(["--env-id", args.env_id, "--device", args.device])
+    iql_ooo.check_args(replace(settings, cudagraphs=args.cudagraphs))
+    device, scripts_choice = iql_ooo.setup_torch(replace(settings, torch_threads=args.threads))
+    s = make_session(settings, device)
+    iql, both = Products(s, rnd=False), Products(s, rnd=True)
+    precision, precisions = choose_precision(both, device, args.cpu_time, min(args.seconds, 3.0))
+
+    def add(name, step, flops, floor="", precision=precision):
+        rows.append(Row(name, timed(step, device, precision, args.cpu_time), flops, floor))
+
+    rows = []
+    add("floor IQL", iql, iql.flops())
+    add("floor IQL + RND", both, both.flops())
+    for variant in ["", *(name for name in ("compile", "cudagraphs") if getattr(args, name))]:
+        own, mark = SimpleNamespace(**vars(s)), f" ({variant})" if variant else ""
+        own.args = replace(settings, **({variant: True} if variant else {}))
+        for dropout in sorted({0.0, iql_ooo.first(settings.retrain_dropout, settings.dropout)}):
+            step = learner(own, retrain_update(own, dropout))
+            add(f"retrain{mark}: IQL, dropout {dropout:g}", step, iql.flops(), "floor IQL")
+        iql_ooo.build_explorer(own)
+        step = learner(own, own.explore_update)
+        add(f"pretrain{mark}: IQL + RND", step, both.flops(), "floor IQL + RND")
+        step = player(own, lambda obs, agent=own.explorer: agent.act(obs, sample=True), step)
+        add(f"online{mark}: act, environment, IQL + RND", step, both.flops(), "floor IQL + RND")
+    add("environment step, stored", player(s, lambda obs: s.env.action_space.sample()), 0)
+    for name in (name for name in precisions if name != precision):  # for information
+        inexact = "not float32, " if precisions[name]["relative_error"] >= EXACT else ""
+        add(f"products of IQL + RND, {inexact}{name}", both, both.flops(), "floor IQL + RND", name)
+    job = asdict(settings) | dict(obs_dim=s.obs_dim, act_dim=s.act_dim, threads=args.threads, precision=precision,
+                                  device=device.type, cpu_time=args.cpu_time)
+    chunk, d3rlpy = start_d3rlpy(args.d3rlpy_python, job) if args.d3rlpy_python else (None, None)
+    for row in ("update", "sampling and update") if chunk else ():
+        rows.append(Row(f"d3rlpy IQL: {row}", lambda n, row=row: chunk(row, n), iql.flops(), "floor IQL"))
+    measure(rows, args.seconds)
+
+    print(f"{args.env_id}: obs {s.obs_dim}, act {s.act_dim}, batch {settings.batch_size}, {args.threads} thread(s); "
+          f"{iql.flops() / 1e6:.0f} MFLOP for IQL, {both.flops() / 1e6:.0f} for IQL + RND; setting {precision} "
+          f"(the script itself takes {scripts_choice} here); relative errors of torch's settings: "
+          + ", ".join(f"{name} {found['relative_error']:.0e}" for name, found in precisions.items()) + "\n")
+    results = report(rows)
+    memory = {"peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # bytes
+              "cuda_peak": torch.cuda.max_memory_allocated(), "replay_buffer": s.buffer.bytes}
+    print("\nmemory in MiB: " + ", ".join(f"{name} {value / 2**20:.0f}" for name, value in memory.items()))
+    print(f"d3rlpy: {d3rlpy or 'not measured'}")
+    if args.out:
+        text = json.dumps(dict(iql_ooo.provenance(device, precision), args=asdict(args), precisions=precisions,
+            rows=results, scripts_precision=scripts_choice, memory_bytes=memory, d3rlpy=d3rlpy), indent=1)
+        for path in filter(None, (args.d3rlpy_python, args.out)):  # where files lie on this machine is no result
+            text = text.replace(path, Path(path).name)
+        iql_ooo.atomic_write(args.out, text.encode())
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
