@@ -1388,11 +1388,12 @@ def play_episode(s, bar):
         t = p["env_step"]
         if t % args.log_every == 0:
             log_losses(s, "online", t, p["grad_step"], s.losses, **recent_intrinsic_reward(s))
-        if t % args.eval_every == 0 or t in args.retrain_at or t == args.online_steps:
+        wanted = t in args.retrain_at or t == args.online_steps
+        if wanted or t % args.eval_every == 0:
             summary = log_evaluation(s, "online", t, p["grad_step"], s.explorer)
-            if t in args.retrain_at:
-                p["exploration"][str(t)] = summary
-                snapshot(s, t)
+        if wanted:
+            p["exploration"][str(t)] = summary
+            snapshot(s, t)
     p["episode"] += 1
     s.run.log("metrics.jsonl", {"phase": "online", "env_step": p["env_step"], "grad_step": p["grad_step"],
                                 **{f"charts/episodic_{key}": value for key, value in episode.items()}})
@@ -1616,8 +1617,9 @@ def print_report(args, report, buffer):
 
 def print_table(s):
     """Exploration against exploitation at each t; the numbers are also in results.json."""
+    end = () if s.args.exploit_only else (s.args.online_steps,)
     rows = [{"env_step": t, **{kind: s.progress[kind].get(str(t)) for kind in ("exploration", "exploitation")}}
-            for t in s.args.retrain_at]
+            for t in sorted({*s.args.retrain_at, *end})]
     atomic_write(s.run.path / "results.json", json.dumps({"env_id": s.args.env_id, "rows": rows}, indent=1).encode())
     print(f"\n{s.args.env_id}, seed {s.args.seed}, {s.args.eval_episodes} episodes: normalised score (success rate)")
     print(f"{'env step':>10}  {'exploration':>18}  {'OOO exploitation':>18}")

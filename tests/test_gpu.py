@@ -1,0 +1,122 @@
+"""Compiled and captured updates against eager ones, and the script on a CUDA device.
+
+Most of this needs a GPU and is skipped without one. The CPU's part compiles for about a minute: `--runslow` runs it.
+"""
+
+import shutil
+import signal
+
+import pytest
+import torch
+from runner import SMALL
+
+import iql_ooo as ooo
+
+OBS, ACT, HIDDEN, BATCH, UPDATES = 6, 3, (32, 32), 64, 8
+PEN = "pen-binary-v0"
+MODES = {"compile": ["compile"], "cudagraphs": ["cudagraphs"], "both": ["compile", "cudagraphs"]}
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+def train(device, kind, modes=(), updates=UPDATES, replace_at=None):
+    """Parameters (and RND statistics) after some updates of make_update, on the same rows every time. replace_at: the
+    update before which the agent takes over the state of another one, as with --sync."""
+    device = torch.device(device)
+    torch.set_float32_matmul_precision("highest")
+    torch.manual_seed(0)
+    args = ooo.Args(hidden_dims=HIDDEN, rnd_hidden_dims=(24, 16), batch_size=BATCH, mask_reward=1.0,
+                    **dict.fromkeys(modes, True))
+    shapes = dict(observations=(OBS,), actions=(ACT,), rewards=(), next_observations=(OBS,), terminations=(),
+                  episodes=())
+    buffer = ooo.ReplayBuffer(shapes, 500, device)
+    buffer.data.copy_(torch.randn(500, buffer.data.shape[1]).clamp(-0.9, 0.9))
+    agent = ooo.Agent(OBS, ACT, HIDDEN, 3e-4, device, squash=kind == "td3")
+    rnd = None
+    if kind == "rnd":
+        rnd = ooo.make_rnd(args, OBS, device)
+        uniform = torch.empty(BATCH, device=device)  # one place in memory, as a CUDA graph needs it
+        rnd.update = lambda observations, following: ooo.RND.update(rnd, observations, following, uniform)
+    settings = ooo.Settings(intrinsic_reward_scale=0.5, q_min=-9.0, q_max=9.0)
+    update = ooo.make_update(args, buffer, agent, settings, rnd)
+    other = ooo.Agent(OBS, ACT, HIDDEN, 3e-4, device, squash=kind == "td3")
+    for start in (0, 64):
+        ooo.iql_update(other, ooo.task_batch(buffer.split(buffer.data[start : start + 64]), args), settings)
+    generator, losses = torch.Generator().manual_seed(1), []
+    for number in range(updates):
+        if number == replace_at:
+            agent.load_full_state(other.full_state())
+        rows = torch.randint(500, (BATCH,), generator=generator).to(device)
+        if rnd:
+            uniform.copy_(torch.rand(BATCH, generator=generator))
+        losses.append({name: value.item() for name, value in update(buffer.data[rows]).items()})
+    state = {**agent.state_dict(), **{f"rnd.{k}": v for k, v in (rnd.state_dict() if rnd else {}).items()}}
+    return {name: value.double().cpu() for name, value in state.items()}, losses
+
+
+def check_equal(one, other):
+    (state, losses), (state_, losses_) = one, other
+    assert state.keys() == state_.keys()
+    for name, value in state.items():
+        torch.testing.assert_close(value, state_[name], rtol=1e-4, atol=3e-5, msg=lambda text, n=name: f"{n}: {text}")
+    for step, (a, b) in enumerate(zip(losses, losses_, strict=True)):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-5), step
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="no C++ compiler")
+def test_compiled_update_equals_eager_on_the_cpu():
+    check_equal(train("cpu", "iql", ["compile"], updates=3), train("cpu", "iql", updates=3))
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("kind", ["iql", "rnd"])
+@pytest.mark.parametrize("mode", MODES)
+def test_modes_equal_eager(mode, kind):
+    check_equal(train("cuda", kind, MODES[mode]), train("cuda", kind))
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("mode", MODES)
+def test_a_state_taken_over_reaches_the_captured_update(mode):
+    """The optimisers' moments too: the graph was captured two updates before."""
+    check_equal(train("cuda", "iql", MODES[mode], replace_at=6), train("cuda", "iql", replace_at=6))
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("kind", ["iql", "rnd"])
+def test_gpu_equals_cpu(kind):
+    """RND's loss is taken over chosen rows on the CPU and over masked rows on the GPU."""
+    check_equal(train("cuda", kind), train("cpu", kind))
+
+
+def finish(box, *words, resume=False):
+    words = ["--env-id", PEN, *SMALL, "--device", "cuda", *words, *["--resume"] * resume]
+    child = box.run(*words, fresh=True, timeout=500)
+    assert child.code == 0, child.err
+    run = box.work / "runs" / f"{PEN}__iql_ooo__1"
+    policy = torch.load(run / "exploitation_130.pt", weights_only=True, map_location="cpu")["agent"]
+    return [(run / name).read_bytes() for name in ("metrics.jsonl", "evals.jsonl")], policy
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("mode", [(), ("--cudagraphs",), ("--compile",), ("--sync", "--cudagraphs")], ids=" ".join)
+def test_run_and_resume(tiny, tmp_path, mode):
+    """All phases on the GPU; killed in the middle of the online phase, it ends with the same numbers."""
+    from runner import Box
+
+    tiny(PEN)
+    once = finish(Box(tmp_path / "once"), *mode)
+    box = Box(tmp_path / "killed")
+    child = box.start("--env-id", PEN, *SMALL, "--device", "cuda", *mode, fresh=True)
+    while not list(box.work.glob("runs/*/replay/*.npz")):
+        assert child.poll() is None, child.err
+    child.stop()
+    assert child.wait().code in (-signal.SIGKILL, 0)
+    records, policy = finish(box, *mode, resume=True)
+    if not mode:  # a captured or compiled update is not the same after a new start
+        assert records == once[0]
+        assert all(torch.equal(value, once[1][name]) for name, value in policy.items())

@@ -1,0 +1,435 @@
+"""Formulas of the updates against independent ones: plain numpy, written in another way than the script's.
+
+tests/test_golden.py compares whole updates with the authors' code; here each piece is derived from its definition.
+"""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import iql_ooo as ooo
+
+OBS, ACT, HIDDEN, BATCH = 5, 3, (16, 12), 40
+
+
+def array(tensor):
+    return tensor.detach().double().numpy()
+
+
+def close(got, want, tolerance=1e-5):
+    got = array(got) if isinstance(got, torch.Tensor) else got
+    np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance)
+
+
+def make_agent(seed=0, learning_rate=1e-2, **actor_options):
+    torch.manual_seed(seed)
+    agent = ooo.Agent(OBS, ACT, HIDDEN, learning_rate, "cpu", **actor_options)
+    with torch.no_grad():  # the target must differ from the critic, and log_std from 0
+        for parameter in agent.critic_target.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        agent.actor.log_std.copy_(torch.tensor([-0.5, 0.2, -1.0]))
+        agent.value[-1].bias.sub_(2.0)  # advantages of both signs
+    return agent
+
+
+def make_batch(seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    return {"observations": draw(BATCH, OBS), "actions": draw(BATCH, ACT).clamp(-1, 1), "rewards": draw(BATCH),
+            "masks": (torch.rand(BATCH, generator=generator) > 0.3).float(), "next_observations": draw(BATCH, OBS)}
+
+
+def forward(weights, biases, x):
+    """A ReLU network in numpy; weights (in, out)."""
+    for number, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        x = x @ weight + bias
+        x = x * (x > 0) if number + 1 < len(weights) else x
+    return x
+
+
+def linears(network):
+    """Weights (in, out) and biases of a network of nn.Linear."""
+    layers = [layer for layer in network if isinstance(layer, torch.nn.Linear)]
+    return [array(layer.weight).T for layer in layers], [array(layer.bias) for layer in layers]
+
+
+def member(critic, number):
+    return [array(w[number]) for w in critic.weights], [array(b[number, 0]) for b in critic.biases]
+
+
+def q_values(critic, observations, actions):
+    """(num_qs, batch), one network at a time."""
+    x = np.concatenate([array(observations), array(actions)], axis=1)
+    return np.stack([forward(*member(critic, i), x)[:, 0] for i in range(len(critic.weights[0]))])
+
+
+def log_density(x, mean, log_std):
+    """Log density of independent Gaussians, from exp(-(x - m)^2 / 2 s^2) / (s sqrt(2 pi))."""
+    total = np.zeros(len(x))
+    for i in range(x.shape[1]):
+        std = math.exp(log_std[i])
+        total += np.log(np.exp(-((x[:, i] - mean[:, i]) ** 2) / (2 * std**2)) / (std * math.sqrt(2 * math.pi)))
+    return total
+
+
+def gradients(network):
+    """After one step of Adam from nothing: 10 times its first moment."""
+    return lambda optimizer: [array(optimizer.state[p]["exp_avg"]) * 10 for p in network.parameters()]
+
+
+# === losses ===
+
+
+@pytest.mark.parametrize("expectile", [0.5, 0.7, 0.9])
+def test_expectile_loss(expectile):
+    diff = np.random.default_rng(0).normal(size=1000)
+    want = sum((expectile if u > 0 else 1 - expectile) * u * u for u in diff) / len(diff)
+    assert ooo.expectile_loss(torch.from_numpy(diff), expectile).item() == pytest.approx(want)
+
+
+def test_expectile_loss_is_smallest_at_the_expectile():
+    """The tau-expectile m of a sample solves tau E[(x - m)+] = (1 - tau) E[(m - x)+]."""
+    x, expectile = np.random.default_rng(0).exponential(size=500), 0.8
+    low, high = x.min(), x.max()
+    for _ in range(100):
+        middle = (low + high) / 2
+        above, below = np.maximum(x - middle, 0).mean(), np.maximum(middle - x, 0).mean()
+        low, high = (middle, high) if expectile * above > (1 - expectile) * below else (low, middle)
+    v = torch.tensor(middle, requires_grad=True)
+    ooo.expectile_loss(torch.from_numpy(x) - v, expectile).backward()
+    assert abs(v.grad.item()) < 1e-10
+
+
+@pytest.mark.parametrize("log_std_min", [-5.0, -2.0])
+def test_log_prob(log_std_min):
+    torch.manual_seed(0)
+    actor = ooo.Actor(OBS, 4, HIDDEN, log_std_min=log_std_min)
+    raw = [-7.0, -3.0, 0.3, 6.0]
+    with torch.no_grad():
+        actor.log_std.copy_(torch.tensor(raw))
+        actor.net[-1].weight.mul_(3)
+    observations = torch.randn(BATCH, OBS)
+    mean = np.tanh(forward(*linears(actor.net), array(observations)))
+    log_std = np.clip(raw, log_std_min, 2.0)
+    actions = np.clip(mean + np.exp(log_std) * np.random.default_rng(0).normal(size=mean.shape), -1, 1)
+    got = actor.log_prob(observations, torch.from_numpy(actions).float())
+    np.testing.assert_allclose(array(got), log_density(actions, mean, log_std), rtol=2e-4, atol=2e-3)
+    got.sum().backward()
+    outside = (np.array(raw) < log_std_min) | (np.array(raw) > 2.0)
+    assert ((actor.log_std.grad == 0).numpy() == outside).all()  # beyond the clip there is no gradient
+
+
+@pytest.mark.parametrize("bounds", [{}, dict(q_min=-0.4, q_max=0.5)], ids=["unbounded", "bounded"])
+@pytest.mark.parametrize("bonus", [False, True], ids=["plain", "bonus"])
+def test_iql_update(bounds, bonus):
+    """All three losses, the target, and which network which loss moves."""
+    agent, batch = make_agent(), make_batch()
+    settings = ooo.Settings(gamma=0.9, tau=0.01, expectile=0.8, temperature=4.0, intrinsic_reward_scale=3.0, **bounds)
+    intrinsic = torch.rand(BATCH) if bonus else None
+    before = copy.deepcopy(agent)
+    losses = ooo.iql_update(agent, batch, settings, intrinsic)
+    b = {name: array(value) for name, value in batch.items()}
+    low, high = settings.q_min, settings.q_max
+
+    # V: regression of the old V on the old target critics; each clipped, then the smaller of the two.
+    q_target = q_values(before.critic_target, batch["observations"], batch["actions"])
+    q_bounded = np.minimum(*np.minimum(np.maximum(q_target, low), high))
+    u = q_bounded - forward(*linears(before.value), b["observations"])[:, 0]
+    close(losses["losses/value"], np.mean(np.where(u < 0, 0.2, 0.8) * u**2))
+
+    # Q: target from the new V, clipped, and only then the bonus.
+    next_v = forward(*linears(agent.value), b["next_observations"])[:, 0]
+    target = np.clip(b["rewards"] + 0.9 * b["masks"] * next_v, low, high)
+    if bounds:
+        assert (target == low).any() and (target == high).any()
+    target = target + 3.0 * array(intrinsic) if bonus else target
+    q = q_values(before.critic, batch["observations"], batch["actions"])
+    close(losses["losses/critic"], np.mean((q - target) ** 2))
+    close(losses["losses/q_mean"], q.mean())
+
+    # Policy: weights exp(temperature A), at most 100; A from the old target critics without bounds and the new V.
+    v = forward(*linears(agent.value), b["observations"])[:, 0]
+    advantage = np.minimum(*q_target) - v
+    weight = np.array([min(math.exp(4.0 * a), 100.0) for a in advantage])
+    assert (weight == 100.0).any() and (weight < 100.0).any()
+    mean = np.tanh(forward(*linears(before.actor.net), b["observations"]))
+    density = log_density(b["actions"], mean, array(before.actor.log_std))
+    close(losses["losses/actor"], -np.mean(weight * density), 1e-4)
+    close(losses["losses/advantage_mean"], advantage.mean())
+    close(losses["losses/v_mean"], v.mean())
+
+    # Each network was moved by its own loss alone.
+    def expected(network, loss):
+        return [array(g) for g in torch.autograd.grad(loss, list(network.parameters()))]
+
+    as_float = lambda x: torch.from_numpy(x).float()  # noqa: E731
+    diff = as_float(q_bounded) - before.value(batch["observations"])[:, 0]
+    value_loss = ((0.8 - 0.6 * (diff < 0).float()) * diff * diff).mean()
+    critic_loss = ((before.critic(batch["observations"], batch["actions"]) - as_float(target)) ** 2).mean()
+    actor_loss = -(as_float(weight) * before.actor.log_prob(batch["observations"], batch["actions"])).mean()
+    for network, old, loss, optimizer in [
+        (agent.value, before.value, value_loss, "value"),
+        (agent.critic, before.critic, critic_loss, "critic_actor"),
+        (agent.actor, before.actor, actor_loss, "critic_actor"),
+    ]:
+        for got, want in zip(gradients(network)(agent.optimizers[optimizer]), expected(old, loss), strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4 * np.abs(want).max())
+
+
+def test_target_network_only_follows():
+    agent, batch = make_agent(), make_batch()
+    assert not any(p.requires_grad for p in agent.critic_target.parameters())
+    optimised = {id(p) for o in agent.optimizers.values() for group in o.param_groups for p in group["params"]}
+    assert optimised == {id(p) for p in agent.parameters()} - {id(p) for p in agent.critic_target.parameters()}
+    for _ in range(3):
+        old = [array(p).copy() for p in agent.critic_target.parameters()]
+        ooo.iql_update(agent, batch, ooo.Settings(tau=0.2))
+        for was, now, source in zip(old, agent.critic_target.parameters(), agent.critic.parameters(), strict=True):
+            close(now, 0.8 * was + 0.2 * array(source), 1e-6)
+            assert now.grad is None
+
+
+def test_every_gradient_is_used_once():
+    """A second update on the same batch must not see gradients of the first."""
+    agent, batch = make_agent(), make_batch()
+    ooo.iql_update(agent, batch, ooo.Settings())
+    assert all(p.grad is None for p in agent.parameters())
+    ooo.td3_update(make_agent(squash=True), batch, ooo.Settings())
+    assert all(p.grad is None for p in agent.parameters())
+
+
+def test_dropout_is_active_in_the_actor_loss_only():
+    agent, batch = make_agent(dropout=0.5), make_batch()
+    assert any(isinstance(layer, ooo.Dropout) for layer in agent.actor.net)
+    others = [*agent.critic.modules(), *agent.critic_target.modules(), *agent.value.modules()]
+    assert not any(isinstance(layer, ooo.Dropout) for layer in others)
+    one, two = copy.deepcopy(agent), copy.deepcopy(agent)
+    torch.manual_seed(1)
+    first = ooo.iql_update(one, batch, ooo.Settings())
+    torch.manual_seed(2)
+    second = ooo.iql_update(two, batch, ooo.Settings())
+    differ = {name for name in first if first[name] != second[name]}
+    assert differ == {"losses/actor"}
+    obs = np.ones(OBS, np.float32)
+    assert (agent.act(obs, sample=False) == agent.act(obs, sample=False)).all()
+    assert agent.actor.training  # and on again for the next update
+
+
+def test_task_batch():
+    raw = torch.tensor([0.0, 4.0, 3.0, 4.0])
+    batch = {"rewards": raw, "terminations": torch.tensor([0.0, 0.0, 1.0, 1.0])}
+    kitchen = ooo.task_batch(batch, ooo.Args(reward_bias=-4.0, reward_scale=2.0, mask_reward=4.0))
+    assert kitchen["rewards"].tolist() == [-8.0, 0.0, -2.0, 0.0]
+    assert kitchen["masks"].tolist() == [1.0, 0.0, 1.0, 0.0]
+    plain = ooo.task_batch(batch, ooo.Args())
+    assert plain["rewards"].tolist() == raw.tolist()
+    assert plain["masks"].tolist() == [1.0, 1.0, 0.0, 0.0]
+    assert batch["rewards"] is raw and raw.tolist() == [0.0, 4.0, 3.0, 4.0]  # what is stored stays raw
+
+
+# === networks ===
+
+
+def test_critic_ensemble_is_separate_networks():
+    torch.manual_seed(0)
+    critic = ooo.Critic(OBS, ACT, HIDDEN, num_qs=3)
+    observations, actions = torch.randn(BATCH, OBS), torch.randn(BATCH, ACT)
+    got = critic(observations, actions)
+    assert got.shape == (3, BATCH)
+    close(got, q_values(critic, observations, actions))
+    got[1].sum().backward()  # one member's loss touches that member alone
+    for parameter in critic.parameters():
+        moved = parameter.grad.flatten(1).abs().sum(1) > 0
+        assert moved.tolist() == [False, True, False]
+
+
+def test_initialisation_is_orthogonal():
+    torch.manual_seed(0)
+    critic = ooo.Critic(OBS, ACT, HIDDEN)
+    matrices = [layer.weight for layer in ooo.mlp((OBS, *HIDDEN, ACT)) if isinstance(layer, torch.nn.Linear)]
+    matrices += [w for weights in critic.weights for w in weights]
+    for matrix in map(array, matrices):
+        small = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+        np.testing.assert_allclose(small @ small.T, 2 * np.eye(len(small)), atol=1e-5)
+    assert all((b == 0).all() for b in critic.biases)
+    assert not np.allclose(array(critic.weights[0][0]), array(critic.weights[0][1]))
+
+
+@pytest.mark.parametrize("squash", [False, True], ids=["iql", "td3"])
+def test_actions(squash):
+    torch.manual_seed(0)
+    actor = ooo.Actor(OBS, ACT, HIDDEN, squash=squash)
+    with torch.no_grad():
+        actor.log_std.fill_(0.5)
+    observations, noise = torch.randn(BATCH, OBS), torch.randn(BATCH, ACT)
+    net = forward(*linears(actor.net), array(observations))
+    close(actor.act(observations), np.tanh(net))
+    spread = math.exp(0.5) * array(noise)
+    want = np.tanh(net + spread) if squash else np.minimum(np.maximum(np.tanh(net) + spread, -1), 1)
+    got = actor.act(observations, noise)
+    close(got, want)
+    assert got.abs().max() <= 1 and (squash or (got.abs() == 1).any())
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_dropout(rate):
+    torch.manual_seed(0)
+    layer, shape = ooo.Dropout(rate), (401, 1003)  # a number of elements that is no multiple of 4
+    x = torch.ones(shape, requires_grad=True)
+    y = layer(x)
+    kept = y != 0
+    deviation = math.sqrt(rate * (1 - rate) / x.numel())
+    assert abs(kept.float().mean().item() - (1 - rate)) < 5 * deviation
+    assert torch.allclose(y[kept], torch.tensor(1 / (1 - rate)), rtol=1e-4)
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach())  # the same elements, the same factor
+    # Neighbours, which share one 64-bit draw, are independent; and so are two calls.
+    flat, again = kept.flatten().float() - (1 - rate), (layer(torch.ones(shape)) != 0).flatten().float() - (1 - rate)
+    for other in (flat.roll(1), flat.roll(2), flat.roll(3), again):
+        assert abs((flat * other).mean().item()) < 5 * rate * (1 - rate) / math.sqrt(x.numel())
+    assert layer.eval()(x) is x
+
+
+def test_no_dropout_layer_without_rate():
+    assert not any(isinstance(layer, ooo.Dropout) for layer in ooo.mlp((OBS, *HIDDEN, ACT), 0.0))
+
+
+# === random network distillation ===
+
+
+def make_rnd(learning_rate=1e-2, seed=0, **options):
+    torch.manual_seed(seed)
+    networks = (ooo.mlp((OBS, 16, 8)) for _ in range(2))
+    return ooo.RND(*networks, OBS, learning_rate, "cpu", **options)
+
+
+def test_running_statistics():
+    """After any batches: mean and variance of all samples and of 1e-4 samples of mean 0 and variance 1."""
+    rng = np.random.default_rng(0)
+    mean, var, count = (torch.tensor(x, dtype=torch.float64) for x in ([0.0] * 3, [1.0] * 3, 1e-4))
+    seen = np.zeros((0, 3))
+    for size in (1, 7, 256, 30):
+        x = rng.normal([0, 3, -5], [1, 0.2, 30], (size, 3))
+        ooo.update_running(mean, var, count, torch.from_numpy(x))
+        seen = np.concatenate([seen, x])
+        weight = len(seen) + 1e-4
+        exact = seen.sum(0) / weight
+        np.testing.assert_allclose(count, weight)
+        np.testing.assert_allclose(mean, exact, rtol=1e-12)
+        second = ((seen - exact) ** 2).sum(0) + 1e-4 * (1 + exact**2)
+        np.testing.assert_allclose(var, second / weight, rtol=1e-9)
+    np.testing.assert_allclose(mean, seen.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(var, seen.var(0), rtol=1e-3)
+    assert mean.dtype == var.dtype == count.dtype == torch.float64
+
+
+@pytest.mark.parametrize("form", ["max", "l2"])
+def test_rnd_normalisation_on_a_known_sequence(form):
+    """The predictor stands still (rate 0). Statistics used for a batch are those of the batches before it."""
+    rnd, rng = make_rnd(learning_rate=0.0, reward=form), np.random.default_rng(1)
+    seen, rewards, mean, var = np.zeros((0, OBS)), np.zeros(0), np.zeros(OBS), np.ones(OBS)
+    reward_var = 1.0
+    for _ in range(4):
+        observations, following = rng.normal(3, 2, (2, 32, OBS)).astype(np.float32)
+        following[0, 0] = 1e4  # clipped
+        z = np.minimum(np.maximum((following - mean) / np.sqrt(var), -5), 5)
+        error = (forward(*linears(rnd.predictor), z) - forward(*linears(rnd.target), z)) ** 2
+        want = (error.max(1) if form == "max" else error.sum(1)) / math.sqrt(reward_var)
+        frozen = rnd.intrinsic_rewards(torch.from_numpy(following))
+        got, loss = rnd.update(torch.from_numpy(observations), torch.from_numpy(following), torch.zeros(32))
+        close(got, want, 1e-4)
+        close(frozen, want, 1e-4)
+        close(loss, error.mean(), 1e-4)
+        seen, rewards = np.concatenate([seen, observations]), np.concatenate([rewards, array(got)])
+        mean, var = array(rnd.obs_mean), array(rnd.obs_var)
+        np.testing.assert_allclose(mean, seen.mean(0), atol=1e-3)  # of s, not of s'
+        np.testing.assert_allclose(var, seen.var(0), rtol=1e-2)
+        reward_var = rnd.reward_var.item()
+        np.testing.assert_allclose(reward_var, rewards.var(), rtol=1e-2)  # of rewards that were already divided
+    assert rnd.reward_count.item() == pytest.approx(4 * 32 + 1e-4)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_rnd_reward_comes_from_the_predictor_before_or_after_its_step(before):
+    rnd, observations = make_rnd(learning_rate=0.1, reward_before_step=before), torch.randn(32, OBS)
+    old = copy.deepcopy(rnd)
+    got, _ = rnd.update(observations, observations, torch.zeros(32))
+    as_was = old.intrinsic_rewards(observations)
+    old.predictor.load_state_dict(rnd.predictor.state_dict())
+    after_step = old.intrinsic_rewards(observations)
+    assert not torch.allclose(as_was, after_step, rtol=0.01)
+    close(got, array(as_was if before else after_step))
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0, 0.0], ids=["some rows", "all rows", "no row"])
+def test_rnd_loss_of_chosen_rows_equals_masked_loss(share):
+    rnd, observations = make_rnd(update_proportion=0.25), torch.randn(64, OBS)
+    uniform = torch.rand(64) * 0.25 / share if share else torch.ones(64)
+    mask = uniform < 0.25
+    z = rnd.normalize(observations)
+    predicted, features = rnd.predictor(z), rnd.target(z).detach()
+    full = ((predicted - features) ** 2).mean(1)
+    want = (full * mask).sum() / max(int(mask.sum()), 1)
+    expected = [array(g) for g in torch.autograd.grad(want, list(rnd.predictor.parameters()))]
+    target = copy.deepcopy(rnd.target.state_dict())
+    _, loss = rnd.update(observations, observations, uniform)
+    close(loss, want.item())
+    for got, wanted in zip(gradients(rnd.predictor)(rnd.optimizer), expected, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-7)
+    assert all(torch.equal(value, target[name]) for name, value in rnd.target.state_dict().items())
+    assert all(p.grad is None for p in rnd.parameters())
+    assert not any(p.requires_grad for p in rnd.target.parameters())
+
+
+def test_rnd_draws_a_quarter_of_the_rows():
+    rnd, drawn = make_rnd(), []
+    rnd.predictor.register_forward_hook(lambda module, inputs, output: drawn.append(len(inputs[0])))
+    torch.manual_seed(0)
+    for _ in range(50):
+        rnd.update(torch.randn(256, OBS), torch.randn(256, OBS))
+    assert drawn[1::2] == [256] * 50  # the rewards, of all rows
+    assert abs(np.mean(drawn[0::2]) - 64) < 5 * math.sqrt(256 * 0.25 * 0.75 / 50)
+
+
+def test_frozen_rnd_changes_nothing():
+    rnd = make_rnd()
+    rnd.update(torch.randn(32, OBS), torch.randn(32, OBS))
+    state = copy.deepcopy(rnd.state_dict())
+    rnd.intrinsic_rewards(torch.randn(32, OBS))
+    assert all(torch.equal(value, state[name]) for name, value in rnd.state_dict().items())
+
+
+# === scores ===
+
+
+@pytest.mark.parametrize(
+    ("env_id", "episode", "score"),
+    [
+        ("hammer-truncated-expert-v1", {"return": -274.856578}, 0.0),
+        ("hammer-truncated-expert-v1", {"return": 12794.134825}, 100.0),
+        ("hammer-truncated-expert-v1", {"return": 13317.0}, 104.0),
+        ("maze2d-missing-data-large-v1", {"return": 0.0}, -2.5066),
+        ("maze2d-missing-data-large-v1", {"return": 346.0}, 126.94),
+        ("maze2d-missing-data-large-v1", {"return": 273.99}, 100.0),
+        ("antmaze-goal-missing-large-v2", {"return": 0.0}, 0.0),
+        ("antmaze-goal-missing-large-v2", {"return": 1.0}, 100.0),
+        ("kitchen-mixed-v0", {"return": 2100.0, "max_reward": 3.0}, 75.0),
+        ("kitchen-complete-v0", {"return": 4.0, "max_reward": 4.0}, 100.0),
+        ("kitchen-partial-v0", {"return": 0.0, "max_reward": 0.0}, 0.0),
+        ("pen-binary-v0", {"return": -3.0, "success": True}, 100.0),
+        ("door-binary-v0", {"return": -200.0, "success": False}, 0.0),
+        ("relocate-binary-v0", {"return": -199.0, "success": True}, 100.0),
+    ],
+)
+def test_normalized_score(env_id, episode, score):
+    assert ooo.normalized_score(ooo.ENVIRONMENTS[env_id], episode) == pytest.approx(score, abs=0.01)
+
+
+def test_summary_is_the_mean_over_episodes():
+    episodes = [{"return": -3.0, "success": True, "max_reward": 0.0},
+                {"return": -9.0, "success": False, "max_reward": -1.0}]
+    want = {"eval/return": -6.0, "eval/success_rate": 0.5, "eval/normalized_score": 50.0, "eval/episodes": 2}
+    assert ooo.summarize("pen-binary-v0", episodes) == want
