@@ -8,6 +8,7 @@
 #     "mujoco==3.3.7",
 #     "minari[hdf5,hf]==0.5.4",
 #     "tyro==1.0.17",
+#     "typeguard==4.6.0",
 #     "tqdm==4.70.1",
 #     "psutil==7.2.2",
 #     "imageio==2.38.1",
@@ -64,6 +65,7 @@ from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal, NoReturn
+from zipfile import BadZipFile
 
 import gymnasium as gym
 import numpy as np
@@ -75,6 +77,7 @@ from torch import nn
 from tqdm import tqdm
 
 # === arguments ===
+SCRIPT = "iql_ooo"  # written into every file of a run, also by a renamed copy
 
 
 @dataclass
@@ -251,7 +254,7 @@ def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     first = tyro.cli(Args, args=[a for a in argv if a not in ("-h", "--help")])
     if source := first.exploit_only or first.eval_only:
-        saved = Args(**read_config(source)["args"])
+        saved = Args(**read_config(source, SCRIPT)["args"])
         # The source's intervals and budgets are kept; its name must not be taken, so the script's own is the default.
         default = replace(saved, exp_name=Args.exp_name, runs_dir=Args.runs_dir, resume=False, track=False)
     else:
@@ -332,11 +335,13 @@ def setup_torch(args):
     return device, precision
 
 
-def read_config(run_dir):
-    """config.json of a run; exit 2 if RUN_DIR is not a run directory."""
+def read_config(run_dir, script):
+    """config.json of a run of `script`; exit 2 if RUN_DIR is not the directory of one."""
     path = Path(run_dir) / "config.json"
     try:
         config = json.loads(path.read_text())
+        if config["script"] != script:
+            fail(f"{run_dir} is a run of {config['script']}; give a run of {script}")
         tuples = lambda value: tuple(map(tuples, value)) if isinstance(value, list) else value  # noqa: E731
         return {**config, "args": {name: tuples(value) for name, value in config["args"].items()}}
     except OSError as error:
@@ -616,7 +621,9 @@ def open_minari(dataset_id):
     root = os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets"
     if (Path(root) / dataset_id / "data").exists():
         try:
-            return minari.load_dataset(dataset_id)
+            dataset = minari.load_dataset(dataset_id)
+            next(iter(dataset.iterate_episodes()))  # opens the data file
+            return dataset
         except Exception as error:  # h5py, json and minari raise many kinds for a damaged store
             fail(f"dataset {dataset_id} in {root} cannot be read ({error}); delete it there and get it again")
     try:
@@ -677,7 +684,7 @@ def read_npz(path, keep_terminals):
     try:
         with np.load(path, allow_pickle=False) as file:
             data = {name: file[name] for name in file.files}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, EOFError, BadZipFile) as error:
         fail(f"--dataset-path {path} cannot be read as .npz without pickle ({error})")
     missing = [k for k in ("observations", "actions", "rewards", "terminals") if k not in data]
     if missing:
@@ -829,7 +836,7 @@ class ReplayBuffer:
             try:
                 with np.load(path, allow_pickle=False) as chunk:
                     self.extend({name: chunk[name][: count - have] for name in self.columns})
-            except (OSError, ValueError, KeyError, EOFError) as error:
+            except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
                 fail(f"{path} cannot be read ({error}); the run's replay data is damaged, start it again")
             have = min(stop, count)
         if have < count:
@@ -855,7 +862,7 @@ class Dropout(nn.Module):
         self.keep = round((1 - rate) * 65536)
 
     def forward(self, x):
-        if not self.training:
+        if not self.training or self.keep == 65536:
             return x
         bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device).random_(-(2**63), None)
         kept = bits.view(torch.int16)[: x.numel()].view_as(x) < self.keep - 32768
@@ -866,7 +873,7 @@ def mlp(dims, dropout=0.0):
     """Linear layers of the given sizes with ReLU (and dropout) between them; the last one is linear."""
     layers = []
     for fan_in, fan_out in zip(dims[:-2], dims[1:-1], strict=True):
-        layers += [orthogonal_linear(fan_in, fan_out), nn.ReLU(inplace=True)] + [Dropout(dropout)] * (dropout > 0)
+        layers += [orthogonal_linear(fan_in, fan_out), nn.ReLU(inplace=True), Dropout(dropout)]
     return nn.Sequential(*layers, orthogonal_linear(dims[-2], dims[-1]))
 
 
@@ -1257,8 +1264,6 @@ def set_rng(state, device):
 
 
 # === phases ===
-SCRIPT = "iql_ooo"
-
 
 def save_checkpoint(s, retraining=None):
     """Everything a resumed process needs, in one file; new online transitions go to a file of their own first.
@@ -1269,8 +1274,8 @@ def save_checkpoint(s, retraining=None):
         s.buffer.save_chunk(s.run.path / "replay", s.offline_size, p["saved_steps"], p["env_step"])
         p["saved_steps"] = p["env_step"]
     content = {
-        "script": SCRIPT, "progress": p, "offsets": s.run.offsets(), "rng": get_rng(s.device), "retraining": None,
-        "losses": s.losses.state_dict(), "explorer": s.explorer.full_state() if s.explorer else None,
+        "script": SCRIPT, "env_id": s.args.env_id, "progress": p, "offsets": s.run.offsets(), "rng": get_rng(s.device),
+        "retraining": None, "losses": s.losses.state_dict(), "explorer": s.explorer.full_state() if s.explorer else None,
         "rnd": {"state": s.rnd.state_dict(), "optimizer": s.rnd.optimizer.state_dict()} if s.rnd else None,
     }
     if retraining:
@@ -1433,8 +1438,7 @@ def load_policy(path, device="cpu"):
     content = load_torch(path, SCRIPT, device)
     options = dict(log_std_min=content["log_std_min"], squash=content["squash"])
     agent = Agent(content["obs_dim"], content["act_dim"], content["hidden_dims"], 0.0, device, **options)
-    # A network with dropout has other layer numbers, but the same layers.
-    agent.actor.load_state_dict(dict(zip(agent.actor.state_dict(), content["actor"].values(), strict=True)))
+    agent.actor.load_state_dict(content["actor"])
     return lambda obs: agent.act(obs, sample=False), content
 
 
@@ -1536,14 +1540,14 @@ def open_session(args):
     path = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}"
     if path.exists() and not args.resume:
         fail(f"{path} exists; continue it with --resume, or choose another --seed or --exp-name")
-    config = read_config(path) if (path / "config.json").exists() else None
+    config = read_config(path, SCRIPT) if (path / "config.json").exists() else None
     if config:
         changed = [f.name for f in fields(Args) if f.name not in NOT_SETTINGS
                    and json.dumps(config["args"].get(f.name)) != json.dumps(getattr(args, f.name))]
         if changed:
             was = ", ".join(f"--{name.replace('_', '-')} was {config['args'].get(name)}" for name in changed)
             fail(f"--resume needs the settings that {path} was started with: {was}")
-    source = read_config(args.exploit_only) if args.exploit_only else None
+    source = read_config(args.exploit_only, SCRIPT) if args.exploit_only else None
     device, precision = setup_torch(args)
     env = make_env(args.env_id)
     data, report = load_dataset(
@@ -1575,7 +1579,12 @@ def open_session(args):
     config = config or {"script": SCRIPT, "args": asdict(args), **provenance(device, precision), "dataset": report}
     track = dict(project=args.wandb_project, mode=args.wandb_mode) if args.track else None
     saved = load_torch(path / "checkpoint.pt", SCRIPT, device) if (path / "checkpoint.pt").exists() else None
-    s.run = Run(path, config, track)
+    if saved and saved.get("env_id") != args.env_id:
+        fail(f"{path / 'checkpoint.pt'} belongs to another task; restore the run's own, or remove the run directory")
+    try:
+        s.run = Run(path, config, track)
+    except OSError as error:
+        fail(f"cannot write in {path} ({error.strerror}); make room, or choose another --runs-dir", code=1)
     if args.resume:
         restore(s, saved)
     return s

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from gymnasium.spaces import Box
 
 import iql_ooo as ooo
 
@@ -86,13 +87,17 @@ def test_binary_tasks(tiny, env_id):
 def test_limits_and_duplicates(tiny):
     """ID:N takes the first N episodes that no earlier dataset holds; those an earlier limit left out stay out."""
     human, cloned = tiny(PEN)
-    episodes = tiny(PEN)[cloned]
+    episodes, others = tiny(PEN)[cloned], "ooo-test/pen-others-v0"
+    if others not in tiny.made:
+        tiny.made[others] = episodes[3:]
+        tiny.write(others, episodes[3:], Box(-np.inf, np.inf, (45,), np.float64), Box(-1, 1, (24,)))
     for ids, want in {
         (f"{human}:2",): [0, 1],
         (human, f"{cloned}:1"): [0, 1, 2, 3],
         (f"{human}:2", cloned): [0, 1, 3, 4],
         (cloned, human): [0, 1, 2, 3, 4],
         (f"{cloned}:4",): [0, 1, 2, 3],
+        (human, others, cloned): [0, 1, 2, 3, 4],  # neither the first's nor the second's again
     }.items():
         data, report = load(PEN, dataset_ids=ids)
         check_transitions(PEN, data, [episodes[i] for i in want])

@@ -207,7 +207,7 @@ def parse(script, arguments, monkeypatch):
     """Parse a command line of a script as the script does; a run directory it names is made up."""
     module = load(script)
 
-    def read_config(run_dir):
+    def read_config(run_dir, script):
         # Run directories are called ENV_ID__EXP_NAME__SEED.
         env_id = Path(run_dir).name.split("__")[0]
         assert env_id in module.TASKS, f"{run_dir} is not named after a task"

@@ -73,7 +73,7 @@ def read_lines(path):
 def open_run(folder):
     """A run directory as a namespace: path, script (module), args, config, metrics and errors, the standard error of
     each evaluation by (phase, env_step, grad_step). Exit 2 if it is not a run, or if it has no evaluation."""
-    config, path = iql_ooo.read_config(folder), Path(folder)
+    config, path = iql_ooo.read_config(folder, iql_ooo.SCRIPT), Path(folder)
     if config.get("script") not in {file.stem for file in ROOT.glob("*.py")}:
         iql_ooo.fail(f"{folder} was written by {config.get('script')!r}, no script of this repository")
     script, args = importlib.import_module(config["script"]), SimpleNamespace(**config["args"])
