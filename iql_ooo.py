@@ -1275,7 +1275,8 @@ def save_checkpoint(s, retraining=None):
         p["saved_steps"] = p["env_step"]
     content = {
         "script": SCRIPT, "env_id": s.args.env_id, "progress": p, "offsets": s.run.offsets(), "rng": get_rng(s.device),
-        "retraining": None, "losses": s.losses.state_dict(), "explorer": s.explorer.full_state() if s.explorer else None,
+        "losses": s.losses.state_dict(), "explorer": s.explorer.full_state() if s.explorer else None,
+        "retraining": None,
         "rnd": {"state": s.rnd.state_dict(), "optimizer": s.rnd.optimizer.state_dict()} if s.rnd else None,
     }
     if retraining:
