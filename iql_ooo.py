@@ -8,7 +8,6 @@
 #     "mujoco==3.3.7",
 #     "minari[hdf5,hf]==0.5.4",
 #     "tyro==1.0.17",
-#     "typeguard==4.6.0",
 #     "tqdm==4.70.1",
 #     "psutil==7.2.2",
 #     "imageio==2.38.1",

@@ -112,7 +112,10 @@ def run_as_main(folder, script, args, paths, env, file_limit, signal_at):
     os.chdir(folder)
     os.environ.update(env)
     sys.argv = [script, *args]
-    sys.path[:] = [str(folder), *(path for path in sys.path if path and not Path(path).resolve().is_relative_to(ROOT))]
+    # Nothing of the repository but its .venv: a script stands alone.
+    packages = [path for path in sys.path if path and (Path(path).is_relative_to(sys.prefix)
+                                                       or not Path(path).resolve().is_relative_to(ROOT))]
+    sys.path[:] = [str(folder), *packages]
     if file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     if signal_at is not None:

@@ -293,8 +293,10 @@ def test_dropout(rate):
     assert layer.eval()(x) is x
 
 
-def test_no_dropout_layer_without_rate():
-    assert not any(isinstance(layer, ooo.Dropout) for layer in ooo.mlp((OBS, *HIDDEN, ACT), 0.0))
+def test_dropout_rate_zero_changes_nothing():
+    x = torch.randn(7, 5)
+    layer = ooo.Dropout(0.0).train()
+    assert layer(x) is x
 
 
 # === random network distillation ===
