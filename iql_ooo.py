@@ -266,7 +266,9 @@ def parse_args(argv=None):
         fail(f"--scale {args.scale:g} must be above 0")
 
     def scaled(value):
-        return tuple(map(scaled, value)) if isinstance(value, tuple) else value and max(1, round(value * args.scale))
+        if isinstance(value, tuple):
+            return tuple(map(scaled, value))
+        return max(1, round(value * args.scale)) if value > 0 else value
 
     return replace(args, **{name: scaled(getattr(args, name)) for name in BUDGETS}, scale=1.0)
 
@@ -284,6 +286,8 @@ def check_args(args):
         fail("--retrain-frozen-rnd needs an exploration run with RND; set --intrinsic-reward-scale above 0")
     if args.sync and (args.retrain_algorithm == "td3" or args.exploit_only):
         fail("--sync needs an online phase and --retrain-algorithm iql: the exploration agent takes over its value")
+    if not 0 <= args.gamma < 1:
+        fail(f"--gamma {args.gamma:g} must be at least 0 and below 1")
     if args.cudagraphs and torch.device(pick_device(args.device)).type != "cuda":
         fail("--cudagraphs needs a CUDA device; leave it out on the CPU")
     lowest = dict.fromkeys(("seed", "offline_steps", "online_steps", "truncate_episodes", "data_subset"), 0)
@@ -688,10 +692,10 @@ def read_npz(path, keep_terminals):
     missing = [k for k in ("observations", "actions", "rewards", "terminals") if k not in data]
     if missing:
         fail(f"--dataset-path {path} has no {', '.join(missing)}; D4RL's keys are needed")
-    n = len(data["rewards"])
-    wrong = [k for k, v in data.items() if k in ("observations", "actions", "terminals", "timeouts") and len(v) != n]
-    if wrong or n < 2:
-        fail(f"--dataset-path {path}: {wrong[0] if wrong else 'rewards'} and rewards must have the same length (> 1)")
+    n = data["rewards"].size
+    for name in {"observations", "actions", "rewards", "terminals", "timeouts", "next_observations"} & set(data):
+        if data[name].dtype.kind not in "bfiu" or data[name].ndim == 0 or len(data[name]) != n or n < 2:
+            fail(f"--dataset-path {path}: {name} must be an array of numbers as long as rewards, 2 or more")
     terminations = data["terminals"].astype(bool).reshape(n)
     ends = terminations | (data["timeouts"].astype(bool).reshape(n) if "timeouts" in data else False)
     columns = dict(observations=data["observations"], actions=data["actions"], rewards=data["rewards"].reshape(n),

@@ -278,6 +278,15 @@ def test_exploit_only_repeats_the_retraining_exactly(session, source):
     assert rows == json.loads((source / "results.json").read_text())["rows"]  # the exploration scores are there too
 
 
+def test_retraining_leaves_no_trace_in_the_online_phase(session, source):
+    """Without the stop at t = 45, and with a longer retraining, exploration takes the same course."""
+    session.run("--env-id", PEN, *SMALL, "--online-steps", 90, "--retrain-at", 90, "--retrain-steps", 31)
+    kept = [r for r in metrics(source, "online") if not ("eval/return" in r and r["env_step"] == 45)]
+    assert metrics(directory(PEN), "online") == kept
+    assert same(weights(directory(PEN) / "exploration_90.pt"), weights(source / "exploration_90.pt"))
+    assert not same(weights(directory(PEN) / "exploitation_90.pt"), weights(source / "exploitation_90.pt"))
+
+
 def test_exploit_only_for_another_t(session, source):
     """Any t of the stored data, also one in the middle and one that the run did not stop for."""
     run, (row,) = exploit(session, source, "--retrain-at", 60)
