@@ -62,7 +62,7 @@ from contextlib import redirect_stderr, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Annotated, Literal, NoReturn
 from zipfile import BadZipFile
 
@@ -99,7 +99,7 @@ class Args:
     matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"
     """torch.set_float32_matmul_precision; auto takes medium where a test product shows it to be exact float32."""
     compile: bool = False
-    """Wrap the updates in torch.compile."""
+    """Wrap the updates in torch.compile (needs a C++ compiler on the CPU)."""
     cudagraphs: bool = False
     """Replay the updates as CUDA graphs (cuda only)."""
     resume: bool = False
@@ -849,6 +849,47 @@ class ReplayBuffer:
 # === end shared block: replay buffer ===
 
 
+# === shared block: optimizer ===
+class Adam:
+    """torch.optim.Adam with its default betas and eps, without that class's bookkeeping in Python, which took a tenth
+    of an IQL update on a CPU, and traceable as a part of one compiled update."""
+
+    def __init__(self, parameters, lr):
+        self.parameters, self.lr = list(parameters), lr
+        self.exp_avg, self.exp_avg_sq = ([torch.zeros_like(p) for p in self.parameters] for _ in range(2))
+        self.step = torch.zeros((), device=self.parameters[0].device)
+
+    def minimize(self, loss):
+        """One step against the gradient of a scalar loss, which every parameter must have a part in."""
+        self.apply(torch.autograd.grad(loss, self.parameters))
+
+    @torch.no_grad()
+    def apply(self, gradients):
+        self.step += 1
+        if not torch.compiler.is_compiling():
+            torch._fused_adam_(self.parameters, list(gradients), self.exp_avg, self.exp_avg_sq, [],
+                               [self.step] * len(self.parameters), lr=self.lr, beta1=0.9, beta2=0.999, eps=1e-8,
+                               weight_decay=0.0, amsgrad=False, maximize=False)
+            return
+        step_size, unbias = self.lr / (1 - 0.9**self.step), (1 - 0.999**self.step).sqrt()
+        for p, g, mean, square in zip(self.parameters, gradients, self.exp_avg, self.exp_avg_sq, strict=True):
+            mean.lerp_(g, 0.1)
+            square.mul_(0.999).addcmul_(g, g, value=0.001)
+            p.sub_(step_size * mean / (square.sqrt() / unbias + 1e-8))
+
+    def state_dict(self):
+        return {"step": self.step, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+
+    @torch.no_grad()
+    def load_state_dict(self, state):
+        self.step.copy_(state["step"])
+        for mine, saved in zip(self.exp_avg + self.exp_avg_sq, state["exp_avg"] + state["exp_avg_sq"], strict=True):
+            mine.copy_(saved)
+
+
+# === end shared block: optimizer ===
+
+
 # === networks ===
 def orthogonal_linear(fan_in, fan_out):
     layer = nn.Linear(fan_in, fan_out)
@@ -867,7 +908,7 @@ class Dropout(nn.Module):
     def forward(self, x):
         if not self.training or self.keep == 65536:
             return x
-        bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device).random_(-(2**63), None)
+        bits = torch.randint(-(2**63), 2**63 - 1, ((x.numel() + 3) // 4,), device=x.device)
         kept = bits.view(torch.int16)[: x.numel()].view_as(x) < self.keep - 32768
         return x * kept * (65536 / self.keep)
 
@@ -939,15 +980,10 @@ class Agent(nn.Module):
         self.critic_target.requires_grad_(False)
         self.value = mlp((obs_dim, *hidden_dims, 1))
         self.to(device)
-        adam = dict(lr=learning_rate, fused=True, capturable=torch.device(device).type == "cuda")
         self.optimizers = {
-            "value": torch.optim.Adam(self.value.parameters(), **adam),
-            "critic_actor": torch.optim.Adam([*self.critic.parameters(), *self.actor.parameters()], **adam),
+            "value": Adam(self.value.parameters(), learning_rate),
+            "critic_actor": Adam([*self.critic.parameters(), *self.actor.parameters()], learning_rate),
         }
-
-    def step(self, name):
-        self.optimizers[name].step()
-        self.optimizers[name].zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def update_target(self, tau):
@@ -1001,8 +1037,7 @@ class RND(nn.Module):
             self.register_buffer(f"{name}_var", torch.ones(dim, dtype=torch.float64))
             self.register_buffer(f"{name}_count", torch.tensor(1e-4, dtype=torch.float64))
         self.to(device)
-        self.optimizer = torch.optim.Adam(self.predictor.parameters(), lr=learning_rate, fused=True,
-                                          capturable=torch.device(device).type == "cuda")
+        self.optimizer = Adam(self.predictor.parameters(), learning_rate)
 
     def normalize(self, observations):
         return ((observations - self.obs_mean.float()) / self.obs_var.sqrt().float()).clamp(-5.0, 5.0)
@@ -1037,9 +1072,7 @@ class RND(nn.Module):
         with torch.no_grad():
             if self.reward_before_step:
                 rewards = self.reward_of(self.predictor(z), features)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.minimize(loss)
         # --- Rewards with the statistics from before this batch, then the statistics ---
         with torch.no_grad():
             if not self.reward_before_step:
@@ -1083,8 +1116,7 @@ def iql_update(agent, batch, settings, intrinsic_rewards=None):
     v = agent.value(observations).squeeze(-1)
     q_bounded = q_target.clamp(settings.q_min, settings.q_max).amin(0)
     value_loss = expectile_loss(q_bounded - v, settings.expectile)
-    value_loss.backward()
-    agent.step("value")
+    agent.optimizers["value"].minimize(value_loss)
     # --- Target: the new V; masks is 0 only at true terminals. The bonus comes after the clip (official code) ---
     with torch.no_grad():
         next_v, v = agent.value(torch.cat([batch["next_observations"], observations])).squeeze(-1).chunk(2)
@@ -1099,8 +1131,7 @@ def iql_update(agent, batch, settings, intrinsic_rewards=None):
     advantage = q_target.amin(0) - v
     weight = (settings.temperature * advantage).exp().clamp(max=100.0)
     actor_loss = -(weight * agent.actor.log_prob(observations, actions)).mean()
-    (critic_loss + actor_loss).backward()  # no parameter is in both
-    agent.step("critic_actor")
+    agent.optimizers["critic_actor"].minimize(critic_loss + actor_loss)  # no parameter is in both
     agent.update_target(settings.tau)
     return {"losses/value": value_loss.detach(), "losses/critic": critic_loss.detach(),
             "losses/actor": actor_loss.detach(), "losses/q_mean": q.detach().mean(), "losses/v_mean": v.mean(),
@@ -1119,11 +1150,11 @@ def td3_update(agent, batch, settings, intrinsic_rewards=None, noise=None):
         if intrinsic_rewards is not None:
             target = target + settings.intrinsic_reward_scale * intrinsic_rewards
     actor_loss = -agent.critic(observations, agent.actor.act(observations, noise[1])).mean()
-    actor_loss.backward(inputs=list(agent.actor.parameters()))
     q = agent.critic(observations, actions)
     critic_loss = (q - target).square().mean()
-    critic_loss.backward()
-    agent.step("critic_actor")
+    critic, actor = list(agent.critic.parameters()), list(agent.actor.parameters())
+    gradients = torch.autograd.grad(critic_loss, critic) + torch.autograd.grad(actor_loss, actor)
+    agent.optimizers["critic_actor"].apply(gradients)
     agent.update_target(settings.tau)
     return {"losses/critic": critic_loss.detach(), "losses/actor": actor_loss.detach(),
             "losses/q_mean": q.detach().mean()}
@@ -1150,7 +1181,13 @@ def make_update(args, buffer, agent, settings, rnd=None, frozen_rnd=False):
         losses = learn(agent, batch, settings, bonus)
         return {**losses, "losses/rnd": rnd_loss, "rnd/batch_intrinsic_reward": bonus.mean()}
 
-    update = torch.compile(update) if args.compile else update
+    if args.compile:
+        # One graph of losses, gradients and Adam; RND's number of chosen rows varies.
+        torch._dynamo.config.trace_autograd_ops = torch._dynamo.config.capture_dynamic_output_shape_ops = True
+        torch._inductor.config.fallback_random = True  # the random numbers of the eager update
+        # A code object of its own: compiled versions are kept, and looked through at each call, per code object.
+        code = update.__code__.replace()
+        update = torch.compile(FunctionType(code, globals(), closure=update.__closure__))
     return CudaGraph(update) if args.cudagraphs else update
 
 

@@ -61,14 +61,14 @@ def close(got, want, tolerance, what):
 
 def check_step(data, named, optimizers, step, skip=()):
     """Parameters after an update, and after the first one the gradients (10 x Adam's first moment)."""
-    moments = {id(p): s for o in optimizers for p, s in o.state.items()}
+    moments = {id(p): mean for o in optimizers for p, mean in zip(o.parameters, o.exp_avg, strict=True)}
     compared = 0
     for name, (parameter, how) in named.items():
         if f"step{step}/{name}" in data and not name.startswith(skip):
             close(oriented(parameter, how), data[f"step{step}/{name}"], PARAMETERS, f"step {step} {name}")
             compared += 1
         if step == 1 and f"step1/adam_m/{name}" in data and not name.startswith(skip):
-            gradient = oriented(moments[id(parameter)]["exp_avg"], how) * 10
+            gradient = oriented(moments[id(parameter)], how) * 10
             close(gradient, 10 * data[f"step1/adam_m/{name}"], GRADIENTS, f"gradient {name}")
     return compared
 

@@ -24,6 +24,7 @@ BLOCKS = {
     "environments": {"iql_ooo.py"},
     "dataset": {"iql_ooo.py"},
     "replay buffer": {"iql_ooo.py"},
+    "optimizer": {"iql_ooo.py"},
     "rnd": {"iql_ooo.py"},
     "evaluation": {"iql_ooo.py"},
     "checkpoints": {"iql_ooo.py"},
