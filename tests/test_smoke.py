@@ -395,7 +395,8 @@ def test_sync(tiny, session, dropout):
     exploitation = list(weights(run / "exploitation_45.pt").values())
     assert all(map(torch.equal, after[2][1].state_dict().values(), exploitation))
     assert not all(map(torch.equal, after[1][1].state_dict().values(), exploitation))
-    assert {int(o.step) for o in after[2][1].optimizers.values()} == {30}  # the optimisers go on as the exploitation agent's too
+    # The optimisers go on as the exploitation agent's too.
+    assert {int(o.step) for o in after[2][1].optimizers.values()} == {30}
     assert not all(map(torch.equal, weights(run / "exploration_90.pt").values(), exploitation))
 
 
