@@ -58,8 +58,8 @@ import shlex
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from contextlib import contextmanager, redirect_stderr, suppress
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from types import FunctionType, SimpleNamespace
@@ -213,7 +213,6 @@ class Args:
 
 BUDGETS = ("offline_steps", "online_steps", "retrain_at", "retrain_steps", "eval_every", "log_every",
            "checkpoint_every")
-NOT_SETTINGS = ("resume", "track", "wandb_project", "wandb_mode", "runs_dir", "video")  # may change at --resume
 
 # Overrides of Args per task, from the official IQL configs (Table 4 where they agree; see the numbered list).
 ADROIT_BINARY = dict(
@@ -249,28 +248,7 @@ TASKS = {
 
 
 def parse_args(argv=None):
-    """Args < the task's row < settings of the --exploit-only or --eval-only run < command line; then --scale."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    first = tyro.cli(Args, args=[a for a in argv if a not in ("-h", "--help")])
-    if source := first.exploit_only or first.eval_only:
-        saved = Args(**read_config(source, SCRIPT)["args"])
-        # The source's intervals and budgets are kept; its name must not be taken, so the script's own is the default.
-        default = replace(saved, exp_name=Args.exp_name, runs_dir=Args.runs_dir, resume=False, track=False)
-    else:
-        if first.env_id not in TASKS:
-            near = difflib.get_close_matches(first.env_id, TASKS, n=1, cutoff=0.0)[0]
-            fail(f"unknown --env-id {first.env_id!r}; did you mean {near}? Tasks: {', '.join(TASKS)}")
-        default = Args(**{"env_id": first.env_id, **TASKS[first.env_id]})
-    args = tyro.cli(Args, args=argv, default=default, description=__doc__)
-    if args.scale <= 0:
-        fail(f"--scale {args.scale:g} must be above 0")
-
-    def scaled(value):
-        if isinstance(value, tuple):
-            return tuple(map(scaled, value))
-        return max(1, round(value * args.scale)) if value > 0 else value
-
-    return replace(args, **{name: scaled(getattr(args, name)) for name in BUDGETS}, scale=1.0)
+    return parse_command_line(Args, TASKS, BUDGETS, SCRIPT, __doc__, argv)
 
 
 def check_args(args):
@@ -286,16 +264,53 @@ def check_args(args):
         fail("--retrain-frozen-rnd needs an exploration run with RND; set --intrinsic-reward-scale above 0")
     if args.sync and (args.retrain_algorithm == "td3" or args.exploit_only):
         fail("--sync needs an online phase and --retrain-algorithm iql: the exploration agent takes over its value")
+    check_limits(args, dict(offline_steps=0, retrain_steps=1))
+
+
+# === shared block: command line ===
+NOT_SETTINGS = ("resume", "track", "wandb_project", "wandb_mode", "runs_dir", "video")  # may change at --resume
+
+
+def parse_command_line(args_class, tasks, budgets, script, description, argv=None):
+    """The dataclass of a script's settings: its defaults < the task's row < the settings of the --exploit-only or
+    --eval-only run < the command line; then --scale multiplies the fields named in budgets."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    first = tyro.cli(args_class, args=[a for a in argv if a not in ("-h", "--help")])
+    if source := getattr(first, "exploit_only", "") or first.eval_only:
+        saved = args_class(**read_config(source, script)["args"])
+        # The source's intervals and budgets are kept; its name must not be taken, so the script's own is the default.
+        default = replace(saved, exp_name=args_class.exp_name, runs_dir=args_class.runs_dir, resume=False, track=False)
+    else:
+        if first.env_id not in tasks:
+            near = difflib.get_close_matches(first.env_id, tasks, n=1, cutoff=0.0)[0]
+            fail(f"unknown --env-id {first.env_id!r}; did you mean {near}? Tasks: {', '.join(tasks)}")
+        default = args_class(**{"env_id": first.env_id, **tasks[first.env_id]})
+    args = tyro.cli(args_class, args=argv, default=default, description=description)
+    if args.scale <= 0:
+        fail(f"--scale {args.scale:g} must be above 0")
+
+    def scaled(value):
+        if isinstance(value, tuple):
+            return tuple(map(scaled, value))
+        return max(1, round(value * args.scale)) if value > 0 else value
+
+    return replace(args, **{name: scaled(getattr(args, name)) for name in budgets}, scale=1.0)
+
+
+def check_limits(args, lowest):
+    """Exit 2 with one line for a value below its least: those that every script has, and lowest {field: least}."""
     if not 0 <= args.gamma < 1:
         fail(f"--gamma {args.gamma:g} must be at least 0 and below 1")
     if args.cudagraphs and torch.device(pick_device(args.device)).type != "cuda":
         fail("--cudagraphs needs a CUDA device; leave it out on the CPU")
-    lowest = dict.fromkeys(("seed", "offline_steps", "online_steps", "truncate_episodes", "data_subset"), 0)
-    lowest |= dict.fromkeys(("torch_threads", "eval_episodes", "batch_size", "retrain_steps", "log_every", "eval_every",
-                             "checkpoint_every"), 1)
+    lowest = {**dict.fromkeys(("seed", "online_steps", "truncate_episodes", "data_subset"), 0), **dict.fromkeys(
+        ("torch_threads", "eval_episodes", "batch_size", "log_every", "eval_every", "checkpoint_every"), 1), **lowest}
     for name, low in lowest.items():
         if getattr(args, name) < low:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} is too small; the least is {low}")
+
+
+# === end shared block: command line ===
 
 
 # === shared block: run directory and metrics ===
@@ -890,7 +905,7 @@ class Adam:
 # === end shared block: optimizer ===
 
 
-# === networks ===
+# === shared block: networks ===
 def orthogonal_linear(fan_in, fan_out):
     layer = nn.Linear(fan_in, fan_out)
     nn.init.orthogonal_(layer.weight, gain=2**0.5)
@@ -942,6 +957,10 @@ class Critic(nn.Module):
         return x.squeeze(-1)
 
 
+# === end shared block: networks ===
+
+
+# === networks ===
 class Actor(nn.Module):
     """Diagonal Gaussian with a state-independent log_std. IQL: mean = tanh(net), not squashed, actions clipped.
     squash (TD3): action = tanh(net + std * noise)."""
@@ -1080,6 +1099,13 @@ class RND(nn.Module):
             update_running(self.reward_mean, self.reward_var, self.reward_count, rewards[:, None])
             update_running(self.obs_mean, self.obs_var, self.obs_count, observations)
         return rewards, loss.detach()
+
+    def full_state(self):
+        return {"networks": self.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_full_state(self, state):
+        self.load_state_dict(state["networks"])
+        self.optimizer.load_state_dict(state["optimizer"])
 
 
 # === end shared block: rnd ===
@@ -1303,7 +1329,79 @@ def set_rng(state, device):
 # === end shared block: checkpoints ===
 
 
-# === phases ===
+# === shared block: session ===
+# What all phases share is in one namespace, s: args, device, environments, buffer, learners, progress (the counters).
+
+
+def new_session(args, script, source=None):
+    """The run directory is free or can be resumed, the device works; nothing is written. source: config of the run
+    whose data an --exploit-only run takes over."""
+    path = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}"
+    if path.exists() and not args.resume:
+        fail(f"{path} exists; continue it with --resume, or choose another --seed or --exp-name")
+    config = read_config(path, script) if (path / "config.json").exists() else None
+    if config:
+        changed = [name for name, value in asdict(args).items() if name not in NOT_SETTINGS
+                   and json.dumps(config["args"].get(name)) != json.dumps(value)]
+        if changed:
+            was = ", ".join(f"--{name.replace('_', '-')} was {config['args'].get(name)}" for name in changed)
+            fail(f"--resume needs the settings that {path} was started with: {was}")
+    device, precision = setup_torch(args)
+    saved = load_torch(path / "checkpoint.pt", script, device) if (path / "checkpoint.pt").exists() else None
+    if saved and saved.get("env_id") != args.env_id:
+        fail(f"{path / 'checkpoint.pt'} belongs to another task; restore the run's own, or remove the run directory")
+    progress = dict(phase="pretrain", grad_step=0, env_step=0, episode=0, saved_steps=0)
+    return SimpleNamespace(args=args, script=script, path=path, config=config, source=source, saved=saved,
+                           device=device, precision=precision, progress=progress, losses=LossHistory(), learners={},
+                           retraining=None, bar=None, run=None)
+
+
+def load_offline(s, online_rows):
+    """Environments, offline data and a replay buffer with room for online_rows more transitions."""
+    args = s.args
+    s.env, s.eval_env = make_env(args.env_id), make_env(args.env_id)
+    data, s.report = load_dataset(
+        args.env_id, s.env, dataset_ids=args.dataset_id, dataset_path=args.dataset_path,
+        seed=s.source["args"]["seed"] if s.source else args.seed, truncate_episodes=args.truncate_episodes,
+        data_subset=args.data_subset, remove_discs=args.remove_discs, kitchen_cumulative=args.kitchen_cumulative)
+    for started in filter(None, (s.config, s.source)):
+        if started["dataset"]["sha256"] != s.report["sha256"]:
+            fail(f"the offline data {s.report['source']} is not what the run was started with (sha256 differs)")
+    (s.obs_dim,), (s.act_dim,) = s.env.observation_space.shape, s.env.action_space.shape
+    shapes = dict(observations=(s.obs_dim,), actions=(s.act_dim,), rewards=(), next_observations=(s.obs_dim,),
+                  terminations=(), episodes=())
+    s.buffer = ReplayBuffer(shapes, len(data["rewards"]) + online_rows, s.device)
+    s.buffer.extend(data)
+    s.offline_size, s.offline_episodes = s.buffer.size, int(data["episodes"].max()) + 1
+
+
+def start_run(s):
+    """Print the report of the data, create or reopen the run directory, and go back to its checkpoint."""
+    args = s.args
+    print(f"{args.env_id}: offline data")
+    for key, value in s.report.items():
+        print(f"  {key.replace('_', ' ')}: {value}")
+    print(f"  replay buffer: {len(s.buffer.data)} transitions, {s.buffer.bytes / 2**20:.0f} MiB on {s.device}")
+    config = s.config or {"script": s.script, "args": asdict(args), **provenance(s.device, s.precision),
+                          "dataset": s.report}
+    try:
+        s.run = Run(s.path, config, dict(project=args.wandb_project, mode=args.wandb_mode) if args.track else None)
+    except OSError as error:
+        fail(f"cannot write in {s.path} ({error.strerror}); make room, or choose another --runs-dir", code=1)
+    if not args.resume:
+        return
+    if s.saved is None:  # killed before the first checkpoint
+        return s.run.truncate(dict.fromkeys(Run.FILES, 0))
+    s.progress.update(s.saved["progress"])
+    s.run.truncate(s.saved["offsets"])
+    s.losses.load_state_dict(s.saved["losses"], s.device)
+    set_rng(s.saved["rng"], s.device)
+    if s.learners:
+        s.buffer.load_chunks(s.path / "replay", s.progress["saved_steps"])
+    for name, learner in s.learners.items():
+        learner.load_full_state(s.saved["learners"][name])
+    s.retraining, s.saved = s.saved["retraining"], None
+
 
 def save_checkpoint(s, retraining=None):
     """Everything a resumed process needs, in one file; new online transitions go to a file of their own first.
@@ -1311,38 +1409,19 @@ def save_checkpoint(s, retraining=None):
     p = s.progress
     s.losses.check(p["grad_step"])
     if p["env_step"] > p["saved_steps"]:
-        s.buffer.save_chunk(s.run.path / "replay", s.offline_size, p["saved_steps"], p["env_step"])
+        s.buffer.save_chunk(s.path / "replay", s.offline_size, p["saved_steps"], p["env_step"])
         p["saved_steps"] = p["env_step"]
     content = {
-        "script": SCRIPT, "env_id": s.args.env_id, "progress": p, "offsets": s.run.offsets(), "rng": get_rng(s.device),
-        "losses": s.losses.state_dict(), "explorer": s.explorer.full_state() if s.explorer else None,
-        "retraining": None,
-        "rnd": {"state": s.rnd.state_dict(), "optimizer": s.rnd.optimizer.state_dict()} if s.rnd else None,
+        "script": s.script, "env_id": s.args.env_id, "progress": p, "offsets": s.run.offsets(),
+        "rng": get_rng(s.device), "losses": s.losses.state_dict(), "retraining": None,
+        "learners": {name: learner.full_state() for name, learner in s.learners.items()},
     }
     if retraining:
         retraining["losses"].check(p["retrain_step"])
         content["rng"] = retraining["outer_rng"]
         content["retraining"] = {"agent": retraining["agent"].full_state(), "rng": get_rng(s.device),
                                  "losses": retraining["losses"].state_dict()}
-    save_torch(s.run.path / "checkpoint.pt", content)
-
-
-def restore(s, saved):
-    """Bring a session that was just built to where its checkpoint was written (None: killed before the first one)."""
-    if saved is None:
-        return s.run.truncate(dict.fromkeys(Run.FILES, 0))
-    p = s.progress
-    p.update(saved["progress"])
-    s.run.truncate(saved["offsets"])
-    s.losses.load_state_dict(saved["losses"], s.device)
-    set_rng(saved["rng"], s.device)
-    s.retraining = saved["retraining"]
-    if s.explorer:
-        s.buffer.load_chunks(s.run.path / "replay", p["saved_steps"])
-        s.explorer.load_full_state(saved["explorer"])
-    if s.rnd:
-        s.rnd.load_state_dict(saved["rnd"]["state"])
-        s.rnd.optimizer.load_state_dict(saved["rnd"]["optimizer"])
+    save_torch(s.path / "checkpoint.pt", content)
 
 
 def phase_bar(s, phase, total, initial):
@@ -1361,7 +1440,7 @@ def log_losses(s, phase, env_step, step, losses, **extra):
 
 
 def log_evaluation(s, phase, env_step, step, agent):
-    """Evaluate the policy's mean; the summary goes to metrics.jsonl, every episode to evals.jsonl."""
+    """Evaluate the agent without sampling; the summary goes to metrics.jsonl, every episode to evals.jsonl."""
     start = time.perf_counter()
     episodes = evaluate(s.eval_env, lambda obs: agent.act(obs, sample=False), s.args.eval_episodes, s.args.seed)
     where, summary = {"phase": phase, "env_step": env_step, "grad_step": step}, summarize(s.args.env_id, episodes)
@@ -1372,8 +1451,116 @@ def log_evaluation(s, phase, env_step, step, agent):
     return summary
 
 
+def play_episode(s):
+    """One training episode of s.explorer (cut short at the end of the budget): act, store, s.explore_update. Yields
+    the environment step after each; in the end the episode is counted and logged."""
+    args, p = s.args, s.progress
+    obs, _ = s.env.reset(seed=derive_seed(args.seed, "training episode", p["episode"]))
+    episode, done = {"return": 0.0, "length": 0, "success": False}, False
+    while not done and p["env_step"] < args.online_steps:
+        action = s.explorer.act(obs, sample=True)
+        next_obs, reward, terminated, truncated, info = s.env.step(action)
+        s.buffer.add(observations=obs, actions=action, rewards=reward, next_observations=next_obs,
+                     terminations=terminated, episodes=s.offline_episodes + p["episode"])
+        obs, done = next_obs, terminated or truncated
+        episode["return"] += reward
+        episode["length"] += 1
+        episode["success"] = episode["success"] or info["success"]
+        p["env_step"] += 1
+        s.losses.add(s.explore_update(s.buffer.sample(args.batch_size)))
+        p["grad_step"] += 1
+        s.bar.update()
+        yield p["env_step"]
+    p["episode"] += 1
+    s.run.log("metrics.jsonl", {"phase": "online", "env_step": p["env_step"], "grad_step": p["grad_step"],
+                                **{f"charts/episodic_{key}": value for key, value in episode.items()}})
+
+
+def log_online_step(s, t, wanted):
+    """The records that are due after online step t. Returns the evaluation's summary where one was due or wanted."""
+    args, grad_step = s.args, s.progress["grad_step"]
+    if t % args.log_every == 0:
+        log_losses(s, "online", t, grad_step, s.losses, **recent_intrinsic_reward(s))
+    if wanted or t % args.eval_every == 0:
+        return log_evaluation(s, "online", t, grad_step, s.explorer)
+
+
+def recent_intrinsic_reward(s):
+    """Figure 3 (left): mean, scaled mean and std of the intrinsic reward over the last 1000 online transitions."""
+    if "rnd" not in s.learners:
+        return {}
+    start = max(s.offline_size, s.buffer.size - 1000)
+    next_observations = s.buffer.split(s.buffer.data[start : s.buffer.size])["next_observations"]
+    reward = s.learners["rnd"].intrinsic_rewards(next_observations)
+    mean, std = reward.mean().item(), reward.std(correction=0).item()
+    scaled = s.args.intrinsic_reward_scale * mean
+    return {"rnd/online_mean": mean, "rnd/online_scaled_mean": scaled, "rnd/online_std": std}
+
+
+def print_table(s, steps, columns):
+    """Scores at the environment steps, one column for each policy; the numbers are also in results.json. columns:
+    {name: {str(env_step): summary}}."""
+    rows = [{"env_step": t, **{name: values.get(str(t)) for name, values in columns.items()}} for t in sorted(steps)]
+    atomic_write(s.path / "results.json", json.dumps({"env_id": s.args.env_id, "rows": rows}, indent=1).encode())
+    print(f"\n{s.args.env_id}, seed {s.args.seed}, {s.args.eval_episodes} episodes: normalised score (success rate)")
+    print(f"{'env step':>10}  " + "  ".join(f"{name:>18}" for name in columns))
+    for row in rows:
+        cells = [f"{r['eval/normalized_score']:9.1f} ({r['eval/success_rate']:6.1%})" if r else "-"
+                 for r in (row[name] for name in columns)]
+        print(f"{row['env_step']:>10}  " + "  ".join(f"{cell:>18}" for cell in cells))
+    print(f"saved in {s.path}")
+    return rows
+
+
+@contextmanager
+def errors_in_one_line(s):
+    """What can stop a run that has started, said in one line, with how to go on."""
+    try:
+        yield
+    except NonFiniteLoss as error:
+        fail(f"{error}; stopped, the checkpoint before it is kept in {s.path}", code=1)
+    except OSError as error:
+        fail(f"cannot write in {s.path} ({error.strerror or error}); make room and continue with --resume", code=1)
+    except KeyboardInterrupt:
+        fail(f"interrupted; continue with --resume, the last checkpoint is in {s.path}", code=130)
+
+
+def evaluate_saved(args, load_policy, pattern):
+    """--eval-only: the run's last policy named like pattern ('..._*.pt', * the environment step), on start states that
+    training never saw; --video records three episodes. load_policy(path) -> (act, content)."""
+    setup_torch(args)
+    run = Path(args.eval_only)
+    policies = sorted(run.glob(pattern), key=lambda path: int(path.stem.split("_")[1]))
+    if not policies:
+        fail(f"{run} has no policy {pattern} yet; finish the run first (--resume)")
+    act, content = load_policy(policies[-1])
+    seed = derive_seed(args.seed, "eval-only")
+    if args.video:
+        import imageio
+
+        try:
+            env, frames = make_env(content["env_id"], "rgb_array"), []
+            evaluate(env, act, min(3, args.eval_episodes), seed, frames)
+        except Exception as error:  # GL back ends fail in many ways
+            fail(f"cannot render ({error}); set MUJOCO_GL=egl, or MUJOCO_GL=osmesa with libosmesa6 installed")
+        video, fps = run / f"{policies[-1].stem}.mp4", env.metadata.get("render_fps", 30)
+        imageio.mimwrite(video.with_suffix(".tmp.mp4"), frames, fps=fps, macro_block_size=2)
+        os.replace(video.with_suffix(".tmp.mp4"), video)
+        print(f"video: {video} ({len(frames)} frames)")
+    episodes = evaluate(make_env(content["env_id"]), act, args.eval_episodes, seed)
+    summary = summarize(content["env_id"], episodes)
+    result = {"policy": policies[-1].name, **summary, "per_episode": episodes}
+    atomic_write(run / f"{policies[-1].stem}_eval.json", json.dumps(result, indent=1).encode())
+    print("  ".join(f"{key} {value:.4g}" for key, value in summary.items()))
+    return summary
+
+
+# === end shared block: session ===
+
+
+# === shared block: pretraining ===
 def pretrain(s):
-    """Algorithm 1, line 1: the exploration agent's optimistic update on D_off."""
+    """Algorithm 1, line 1: the exploration agent's update on D_off."""
     args, p = s.args, s.progress
     with phase_bar(s, "pretrain", args.offline_steps, p["grad_step"]) as bar:
         if p["grad_step"] == 0:
@@ -1393,16 +1580,100 @@ def pretrain(s):
     p["phase"] = "online"
 
 
+# === end shared block: pretraining ===
+
+
+# === shared block: retraining ===
+def retrain_due(s, retrain):
+    """Retrain for every t that the online phase has passed and that has no exploitation policy yet."""
+    for t in s.args.retrain_at:
+        if t <= s.progress["env_step"] and t not in s.progress["retrained"]:
+            outer_rng = get_rng(s.device)  # retraining leaves no trace in the online phase that goes on after it
+            torch.manual_seed(derive_seed(s.args.seed, "retraining", t))
+            retrain(s, t, outer_rng)
+            s.progress["retrained"].append(t)
+            s.progress["retrain_step"] = 0
+            set_rng(outer_rng, s.device)
+            save_checkpoint(s)
+
+
+def retrain_loop(s, t, agent, step, outer_rng):
+    """The gradient steps of one retraining with evaluations and checkpoints, from where it was interrupted. step():
+    one gradient step of the agent, returns losses. Returns the last evaluation's summary."""
+    args, p, losses, online_bar = s.args, s.progress, LossHistory(), s.bar
+    if s.retraining:  # this retraining was interrupted
+        agent.load_full_state(s.retraining["agent"])
+        losses.load_state_dict(s.retraining["losses"], s.device)
+        set_rng(s.retraining["rng"], s.device)
+        s.retraining = None
+    with phase_bar(s, f"retrain t={t}", args.retrain_steps, p["retrain_step"]) as bar:
+        if p["retrain_step"] == 0:
+            log_evaluation(s, "retrain", t, 0, agent)
+        while p["retrain_step"] < args.retrain_steps:
+            losses.add(step())
+            p["retrain_step"] += 1
+            bar.update()
+            done = p["retrain_step"]
+            if done % args.log_every == 0:
+                log_losses(s, "retrain", t, done, losses)
+            if done % args.eval_every == 0 or done == args.retrain_steps:
+                summary = log_evaluation(s, "retrain", t, done, agent)
+            if done % args.checkpoint_every == 0 and done < args.retrain_steps:
+                save_checkpoint(s, dict(agent=agent, losses=losses, outer_rng=outer_rng))
+    losses.check(p["retrain_step"])
+    if online_bar is not None:
+        s.bar, s.clock = online_bar, (time.perf_counter(), online_bar.n)
+    p["exploitation"][str(t)] = summary
+    return summary
+
+
+def high_reward_rows(s, n):
+    """Indices (k,) of the high-reward transitions among the first n (section 4.2), on the device; k may be 0."""
+    if not s.args.retrain_upsample:
+        return torch.empty(0, dtype=torch.long)
+    batch = s.buffer.split(s.buffer.data[:n])
+    high = batch["rewards"] >= s.args.upsample_reward
+    if s.args.upsample_trajectories:
+        high = torch.isin(batch["episodes"], batch["episodes"][high].unique())
+    rows = high.nonzero().squeeze(1)
+    if not len(rows):
+        tqdm.write(f"no raw reward of at least {s.args.upsample_reward:g} in the data: sampling stays uniform")
+    return rows
+
+
+def load_source(s):
+    """--exploit-only: the online data and the exploration scores of the finished run."""
+    source, p = Path(s.args.exploit_only), s.progress
+    saved = load_torch(source / "checkpoint.pt", s.script, "cpu")["progress"]
+    needed = max(s.args.retrain_at, default=0)
+    if needed > saved["saved_steps"]:
+        fail(f"--retrain-at {needed}: {source} holds {saved['saved_steps']} online transitions")
+    s.buffer.load_chunks(source / "replay", needed)
+    p.update(phase="exploit-only", env_step=needed, saved_steps=needed)
+    for record in map(json.loads, (source / "metrics.jsonl").read_text().splitlines()):
+        if record["phase"] == "online" and "eval/return" in record:
+            p["exploration"][str(record["env_step"])] = {k: v for k, v in record.items() if k.startswith("eval/")}
+
+
+# === end shared block: retraining ===
+
+
+# === phases ===
 def online(s):
     """Algorithm 1, the online loop: the exploration policy alone acts; one optimistic update per step on all data."""
     args, p = s.args, s.progress
     last_checkpoint = p["saved_steps"]
-    with phase_bar(s, "online", args.online_steps, p["env_step"]) as bar:
+    with phase_bar(s, "online", args.online_steps, p["env_step"]):
         while True:
-            retrain_due(s)
+            retrain_due(s, retrain)
             if p["env_step"] >= args.online_steps:
                 break
-            play_episode(s, bar)
+            for t in play_episode(s):
+                wanted = t in args.retrain_at or t == args.online_steps
+                summary = log_online_step(s, t, wanted)
+                if wanted:
+                    p["exploration"][str(t)] = summary
+                    snapshot(s, t)
             due = [t for t in args.retrain_at if t <= p["env_step"] and t not in p["retrained"]]
             finished = p["env_step"] >= args.online_steps
             if due or finished or p["env_step"] - last_checkpoint >= args.checkpoint_every:
@@ -1412,55 +1683,52 @@ def online(s):
     save_checkpoint(s)
 
 
-def play_episode(s, bar):
-    """One training episode (cut short at the end of the budget), with its updates, records and snapshots."""
-    args, p = s.args, s.progress
-    obs, _ = s.env.reset(seed=derive_seed(args.seed, "training episode", p["episode"]))
-    episode, done = {"return": 0.0, "length": 0, "success": False}, False
-    first_id = s.offline_episodes
-    while not done and p["env_step"] < args.online_steps:
-        action = s.explorer.act(obs, sample=True)
-        next_obs, reward, terminated, truncated, info = s.env.step(action)
-        s.buffer.add(observations=obs, actions=action, rewards=reward, next_observations=next_obs,
-                     terminations=terminated, episodes=first_id + p["episode"])
-        obs, done = next_obs, terminated or truncated
-        episode["return"] += reward
-        episode["length"] += 1
-        episode["success"] = episode["success"] or info["success"]
-        p["env_step"] += 1
-        s.losses.add(s.explore_update(s.buffer.sample(args.batch_size)))
-        p["grad_step"] += 1
-        bar.update()
-        t = p["env_step"]
-        if t % args.log_every == 0:
-            log_losses(s, "online", t, p["grad_step"], s.losses, **recent_intrinsic_reward(s))
-        wanted = t in args.retrain_at or t == args.online_steps
-        if wanted or t % args.eval_every == 0:
-            summary = log_evaluation(s, "online", t, p["grad_step"], s.explorer)
-        if wanted:
-            p["exploration"][str(t)] = summary
-            snapshot(s, t)
-    p["episode"] += 1
-    s.run.log("metrics.jsonl", {"phase": "online", "env_step": p["env_step"], "grad_step": p["grad_step"],
-                                **{f"charts/episodic_{key}": value for key, value in episode.items()}})
-
-
-def recent_intrinsic_reward(s):
-    """Figure 3 (left): mean, scaled mean and std of the intrinsic reward over the last 1000 online transitions."""
-    if not s.rnd:
-        return {}
-    start = max(s.offline_size, s.buffer.size - 1000)
-    reward = s.rnd.intrinsic_rewards(s.buffer.split(s.buffer.data[start : s.buffer.size])["next_observations"])
-    mean, std = reward.mean().item(), reward.std(correction=0).item()
-    scaled = s.args.intrinsic_reward_scale * mean
-    return {"rnd/online_mean": mean, "rnd/online_scaled_mean": scaled, "rnd/online_std": std}
-
-
 def snapshot(s, t):
     """What the retraining for time t may need later: the exploration policy and the RND as they stand."""
-    save_policy(s, s.explorer, s.run.path / f"exploration_{t}.pt")
+    save_policy(s, s.explorer, s.path / f"exploration_{t}.pt")
     if s.rnd:
-        save_torch(s.run.path / f"rnd_{t}.pt", {"script": SCRIPT, "rnd": s.rnd.state_dict()})
+        save_torch(s.path / f"rnd_{t}.pt", {"script": SCRIPT, "rnd": s.rnd.state_dict()})
+
+
+def retrain(s, t, outer_rng):
+    """Algorithm 1, last line: a separate pessimistic agent, from scratch, on D_off + D_on[:t], task reward only."""
+    args, p = s.args, s.progress
+    n = s.offline_size + t
+    agent = Agent(s.obs_dim, s.act_dim, args.hidden_dims, args.learning_rate, s.device,
+                  dropout=first(args.retrain_dropout, args.dropout), squash=args.retrain_algorithm == "td3",
+                  log_std_min=first(args.retrain_log_std_min, args.log_std_min))
+    if args.warm_start and p["retrained"]:
+        previous = s.path / f"exploitation_{p['retrained'][-1]}.pt"
+        agent.load_state_dict(load_torch(previous, SCRIPT, s.device)["agent"])
+    frozen_rnd = None
+    if args.retrain_frozen_rnd:
+        frozen_rnd = make_rnd(args, s.obs_dim, s.device)
+        source = Path(args.exploit_only) if args.exploit_only else s.path
+        frozen_rnd.load_state_dict(load_torch(source / f"rnd_{t}.pt", SCRIPT, s.device)["rnd"])
+
+    raw = s.buffer.split(s.buffer.data[:n])["rewards"]
+    low, high = ((r + args.reward_bias) * args.reward_scale / (1 - args.gamma) for r in (raw.min(), raw.max()))
+    bounds = dict(q_min=float(min(low, high)), q_max=float(max(low, high))) if args.retrain_q_bounds else {}
+    settings = Settings(args.gamma, args.tau, first(args.retrain_expectile, args.expectile), args.temperature,
+                        args.intrinsic_reward_scale, **bounds)
+    update = make_update(args, s.buffer, agent, settings, frozen_rnd, frozen_rnd=True)
+    high_rows = high_reward_rows(s, n)
+    upsample = args.retrain_upsample if len(high_rows) else 0
+
+    retrain_loop(s, t, agent, lambda: update(s.buffer.sample(args.batch_size, n, high_rows, upsample)), outer_rng)
+    save_policy(s, agent, s.path / f"exploitation_{t}.pt")
+    if args.sync:
+        s.explorer.load_full_state(agent.full_state())
+
+
+def first(value, default):
+    return default if value is None else value
+
+
+def make_rnd(args, obs_dim, device):
+    networks = (mlp((obs_dim, *args.rnd_hidden_dims)) for _ in range(2))
+    return RND(*networks, obs_dim, args.rnd_learning_rate, device, update_proportion=args.rnd_update_proportion,
+               reward=args.rnd_reward)
 
 
 def save_policy(s, agent, path):
@@ -1483,151 +1751,23 @@ def load_policy(path, device="cpu"):
     return lambda obs: agent.act(obs, sample=False), content
 
 
-def retrain_due(s):
-    """Retrain for every t that the online phase has passed and that has no exploitation policy yet."""
-    for t in s.args.retrain_at:
-        if t <= s.progress["env_step"] and t not in s.progress["retrained"]:
-            retrain(s, t)
-            save_checkpoint(s)
-
-
-def retrain(s, t):
-    """Algorithm 1, last line: a separate pessimistic agent, from scratch, on D_off + D_on[:t], task reward only."""
-    args, p = s.args, s.progress
-    n = s.offline_size + t
-    outer_rng = get_rng(s.device)  # retraining leaves no trace in the online phase that goes on after it
-    torch.manual_seed(derive_seed(args.seed, "retraining", t))
-    agent = Agent(s.obs_dim, s.act_dim, args.hidden_dims, args.learning_rate, s.device,
-                  dropout=first(args.retrain_dropout, args.dropout), squash=args.retrain_algorithm == "td3",
-                  log_std_min=first(args.retrain_log_std_min, args.log_std_min))
-    if args.warm_start and p["retrained"]:
-        previous = s.run.path / f"exploitation_{p['retrained'][-1]}.pt"
-        agent.load_state_dict(load_torch(previous, SCRIPT, s.device)["agent"])
-    frozen_rnd = None
-    if args.retrain_frozen_rnd:
-        frozen_rnd = make_rnd(args, s.obs_dim, s.device)
-        source = Path(args.exploit_only) if args.exploit_only else s.run.path
-        frozen_rnd.load_state_dict(load_torch(source / f"rnd_{t}.pt", SCRIPT, s.device)["rnd"])
-
-    raw = s.buffer.split(s.buffer.data[:n])["rewards"]
-    low, high = ((r + args.reward_bias) * args.reward_scale / (1 - args.gamma) for r in (raw.min(), raw.max()))
-    bounds = dict(q_min=float(min(low, high)), q_max=float(max(low, high))) if args.retrain_q_bounds else {}
-    settings = Settings(args.gamma, args.tau, first(args.retrain_expectile, args.expectile), args.temperature,
-                        args.intrinsic_reward_scale, **bounds)
-    update = make_update(args, s.buffer, agent, settings, frozen_rnd, frozen_rnd=True)
-    high_rows = high_reward_rows(s, n)
-    upsample = args.retrain_upsample if len(high_rows) else 0
-
-    losses, online_bar = LossHistory(), s.bar
-    if s.retraining:  # this retraining was interrupted
-        agent.load_full_state(s.retraining["agent"])
-        losses.load_state_dict(s.retraining["losses"], s.device)
-        set_rng(s.retraining["rng"], s.device)
-        s.retraining = None
-    with phase_bar(s, f"retrain t={t}", args.retrain_steps, p["retrain_step"]) as bar:
-        if p["retrain_step"] == 0:
-            log_evaluation(s, "retrain", t, 0, agent)
-        while p["retrain_step"] < args.retrain_steps:
-            losses.add(update(s.buffer.sample(args.batch_size, n, high_rows, upsample)))
-            p["retrain_step"] += 1
-            bar.update()
-            step = p["retrain_step"]
-            if step % args.log_every == 0:
-                log_losses(s, "retrain", t, step, losses)
-            if step % args.eval_every == 0 or step == args.retrain_steps:
-                summary = log_evaluation(s, "retrain", t, step, agent)
-            if step % args.checkpoint_every == 0 and step < args.retrain_steps:
-                save_checkpoint(s, dict(agent=agent, losses=losses, outer_rng=outer_rng))
-    losses.check(p["retrain_step"])
-    if online_bar is not None:
-        s.bar, s.clock = online_bar, (time.perf_counter(), online_bar.n)
-    save_policy(s, agent, s.run.path / f"exploitation_{t}.pt")
-    p["exploitation"][str(t)] = summary
-    p["retrained"].append(t)
-    p["retrain_step"] = 0
-    if args.sync:
-        s.explorer.load_full_state(agent.full_state())
-    set_rng(outer_rng, s.device)
-
-
-def first(value, default):
-    return default if value is None else value
-
-
-def high_reward_rows(s, n):
-    """Indices (k,) of the high-reward transitions among the first n (section 4.2), on the device; k may be 0."""
-    if not s.args.retrain_upsample:
-        return torch.empty(0, dtype=torch.long)
-    batch = s.buffer.split(s.buffer.data[:n])
-    high = batch["rewards"] >= s.args.upsample_reward
-    if s.args.upsample_trajectories:
-        high = torch.isin(batch["episodes"], batch["episodes"][high].unique())
-    rows = high.nonzero().squeeze(1)
-    if not len(rows):
-        tqdm.write(f"no raw reward of at least {s.args.upsample_reward:g} in the data: sampling stays uniform")
-    return rows
-
-
-def make_rnd(args, obs_dim, device):
-    networks = (mlp((obs_dim, *args.rnd_hidden_dims)) for _ in range(2))
-    return RND(*networks, obs_dim, args.rnd_learning_rate, device, update_proportion=args.rnd_update_proportion,
-               reward=args.rnd_reward)
-
-
 # === main ===
 def open_session(args):
     """Check everything, load the data and build the agents; nothing is written before all of it has worked."""
     check_args(args)
-    path = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}"
-    if path.exists() and not args.resume:
-        fail(f"{path} exists; continue it with --resume, or choose another --seed or --exp-name")
-    config = read_config(path, SCRIPT) if (path / "config.json").exists() else None
-    if config:
-        changed = [f.name for f in fields(Args) if f.name not in NOT_SETTINGS
-                   and json.dumps(config["args"].get(f.name)) != json.dumps(getattr(args, f.name))]
-        if changed:
-            was = ", ".join(f"--{name.replace('_', '-')} was {config['args'].get(name)}" for name in changed)
-            fail(f"--resume needs the settings that {path} was started with: {was}")
     source = read_config(args.exploit_only, SCRIPT) if args.exploit_only else None
-    device, precision = setup_torch(args)
-    env = make_env(args.env_id)
-    data, report = load_dataset(
-        args.env_id, env, dataset_ids=args.dataset_id, dataset_path=args.dataset_path,
-        seed=source["args"]["seed"] if source else args.seed,
-        truncate_episodes=args.truncate_episodes, data_subset=args.data_subset, remove_discs=args.remove_discs,
-        kitchen_cumulative=args.kitchen_cumulative)
-    for started in filter(None, (config, source)):
-        if started["dataset"]["sha256"] != report["sha256"]:
-            fail(f"the offline data {report['source']} is not what the run was started with (sha256 differs)")
-    (obs_dim,), (act_dim,) = env.observation_space.shape, env.action_space.shape
-    shapes = dict(observations=(obs_dim,), actions=(act_dim,), rewards=(), next_observations=(obs_dim,),
-                  terminations=(), episodes=())
-    online_rows = max(args.retrain_at, default=0) if args.exploit_only else args.online_steps
-    buffer = ReplayBuffer(shapes, len(data["rewards"]) + online_rows, device)
-    buffer.extend(data)
-    progress = dict(phase="pretrain", grad_step=0, env_step=0, episode=0, saved_steps=0, retrain_step=0,
-                    retrained=[], exploration={}, exploitation={})
-    offline_episodes = int(data["episodes"].max()) + 1
-    s = SimpleNamespace(args=args, device=device, env=env, eval_env=make_env(args.env_id), obs_dim=obs_dim,
-                        act_dim=act_dim, buffer=buffer, offline_size=buffer.size, offline_episodes=offline_episodes,
-                        progress=progress, losses=LossHistory(), explorer=None, rnd=None, retraining=None,
-                        bar=None)
-    if args.exploit_only:
+    s = new_session(args, SCRIPT, source)
+    load_offline(s, max(args.retrain_at, default=0) if source else args.online_steps)
+    s.progress |= dict(retrain_step=0, retrained=[], exploration={}, exploitation={})
+    if source:
+        folder = Path(args.exploit_only)
+        lost = [t for t in args.retrain_at if args.retrain_frozen_rnd and not (folder / f"rnd_{t}.pt").exists()]
+        if lost:
+            fail(f"--retrain-frozen-rnd: {folder} has no rnd_{lost[0]}.pt; use the --retrain-at of that run")
         load_source(s)
     else:
         build_explorer(s)
-    print_report(args, report, buffer)
-    config = config or {"script": SCRIPT, "args": asdict(args), **provenance(device, precision), "dataset": report}
-    track = dict(project=args.wandb_project, mode=args.wandb_mode) if args.track else None
-    saved = load_torch(path / "checkpoint.pt", SCRIPT, device) if (path / "checkpoint.pt").exists() else None
-    if saved and saved.get("env_id") != args.env_id:
-        fail(f"{path / 'checkpoint.pt'} belongs to another task; restore the run's own, or remove the run directory")
-    try:
-        s.run = Run(path, config, track)
-    except OSError as error:
-        fail(f"cannot write in {path} ({error.strerror}); make room, or choose another --runs-dir", code=1)
-    if args.resume:
-        restore(s, saved)
+    start_run(s)
     return s
 
 
@@ -1636,98 +1776,27 @@ def build_explorer(s):
     s.explorer = Agent(s.obs_dim, s.act_dim, args.hidden_dims, args.learning_rate, s.device, dropout=args.dropout,
                        log_std_min=args.log_std_min)
     s.rnd = make_rnd(args, s.obs_dim, s.device) if args.intrinsic_reward_scale else None
+    s.learners = {"explorer": s.explorer, **({"rnd": s.rnd} if s.rnd else {})}
     low, high = args.q_reward_bounds or (-float("inf"), float("inf"))
     settings = Settings(args.gamma, args.tau, args.expectile, args.temperature, args.intrinsic_reward_scale,
                         low / (1 - args.gamma), high / (1 - args.gamma))
     s.explore_update = make_update(args, s.buffer, s.explorer, settings, s.rnd)
 
 
-def load_source(s):
-    """--exploit-only: the online data and the exploration scores of the finished run."""
-    source, p = Path(s.args.exploit_only), s.progress
-    saved = load_torch(source / "checkpoint.pt", SCRIPT, "cpu")["progress"]
-    needed = max(s.args.retrain_at, default=0)
-    if needed > saved["saved_steps"]:
-        fail(f"--retrain-at {needed}: {source} holds {saved['saved_steps']} online transitions")
-    if s.args.retrain_frozen_rnd and (lost := [t for t in s.args.retrain_at if not (source / f"rnd_{t}.pt").exists()]):
-        fail(f"--retrain-frozen-rnd: {source} has no rnd_{lost[0]}.pt; use the --retrain-at of that run")
-    s.buffer.load_chunks(source / "replay", needed)
-    p.update(phase="exploit-only", env_step=needed, saved_steps=needed)
-    for record in map(json.loads, (source / "metrics.jsonl").read_text().splitlines()):
-        if record["phase"] == "online" and "eval/return" in record:
-            p["exploration"][str(record["env_step"])] = {k: v for k, v in record.items() if k.startswith("eval/")}
-
-
-def print_report(args, report, buffer):
-    print(f"{args.env_id}: offline data")
-    for key, value in report.items():
-        print(f"  {key.replace('_', ' ')}: {value}")
-    print(f"  replay buffer: {len(buffer.data)} transitions, {buffer.bytes / 2**20:.0f} MiB on {buffer.data.device}")
-
-
-def print_table(s):
-    """Exploration against exploitation at each t; the numbers are also in results.json."""
-    end = () if s.args.exploit_only else (s.args.online_steps,)
-    rows = [{"env_step": t, **{kind: s.progress[kind].get(str(t)) for kind in ("exploration", "exploitation")}}
-            for t in sorted({*s.args.retrain_at, *end})]
-    atomic_write(s.run.path / "results.json", json.dumps({"env_id": s.args.env_id, "rows": rows}, indent=1).encode())
-    print(f"\n{s.args.env_id}, seed {s.args.seed}, {s.args.eval_episodes} episodes: normalised score (success rate)")
-    print(f"{'env step':>10}  {'exploration':>18}  {'OOO exploitation':>18}")
-    for row in rows:
-        cells = [f"{r['eval/normalized_score']:9.1f} ({r['eval/success_rate']:6.1%})" if r else "-"
-                 for r in (row["exploration"], row["exploitation"])]
-        print(f"{row['env_step']:>10}  {cells[0]:>18}  {cells[1]:>18}")
-    print(f"saved in {s.run.path}")
-    return rows
-
-
-def evaluate_saved(args):
-    """--eval-only: the run's last exploitation policy, on fresh start states; --video records three episodes."""
-    run = Path(args.eval_only)
-    policies = sorted(run.glob("exploitation_*.pt"), key=lambda path: int(path.stem.split("_")[1]))
-    if not policies:
-        fail(f"{run} has no exploitation policy yet; finish the run first (--resume)")
-    act, content = load_policy(policies[-1])
-    seed = derive_seed(args.seed, "eval-only")  # not the episodes seen in training
-    if args.video:
-        import imageio
-
-        try:
-            env, frames = make_env(content["env_id"], "rgb_array"), []
-            evaluate(env, act, min(3, args.eval_episodes), seed, frames)
-        except Exception as error:  # GL back ends fail in many ways
-            fail(f"cannot render ({error}); set MUJOCO_GL=egl, or MUJOCO_GL=osmesa with libosmesa6 installed")
-        video, fps = run / f"{policies[-1].stem}.mp4", env.metadata.get("render_fps", 30)
-        imageio.mimwrite(video.with_suffix(".tmp.mp4"), frames, fps=fps, macro_block_size=2)
-        os.replace(video.with_suffix(".tmp.mp4"), video)
-        print(f"video: {video} ({len(frames)} frames)")
-    episodes = evaluate(make_env(content["env_id"]), act, args.eval_episodes, seed)
-    summary = summarize(content["env_id"], episodes)
-    result = {"policy": policies[-1].name, **summary, "per_episode": episodes}
-    atomic_write(run / f"{policies[-1].stem}_eval.json", json.dumps(result, indent=1).encode())
-    print("  ".join(f"{key} {value:.4g}" for key, value in summary.items()))
-    return summary
-
-
 def main(args):
     if args.eval_only:
-        setup_torch(args)
-        return evaluate_saved(args)
+        return evaluate_saved(args, load_policy, "exploitation_*.pt")
     s = open_session(args)
-    try:
+    with errors_in_one_line(s):
         if s.progress["phase"] == "exploit-only":
-            retrain_due(s)
+            retrain_due(s, retrain)
         if s.progress["phase"] == "pretrain":
             pretrain(s)
         if s.progress["phase"] == "online":
             online(s)
-        return print_table(s)
-    except NonFiniteLoss as error:
-        fail(f"{error}; stopped, the checkpoint before it is kept in {s.run.path}", code=1)
-    except OSError as error:
-        fail(f"cannot write in {s.run.path} ({error.strerror or error}); make room and continue with --resume", code=1)
-    except KeyboardInterrupt:
-        fail(f"interrupted; continue with --resume, the last checkpoint is in {s.run.path}", code=130)
+        end = () if args.exploit_only else (args.online_steps,)
+        columns = {name: s.progress[name] for name in ("exploration", "exploitation")}
+        return print_table(s, {*args.retrain_at, *end}, columns)
 
 
 if __name__ == "__main__":

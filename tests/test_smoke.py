@@ -304,7 +304,7 @@ def test_retraining_records_say_for_which_t(source):
 def test_frozen_rnd(session, source):
     seen, before = [], []
     session.spy("make_update", lambda args, buffer, agent, settings, rnd, **rest: seen.append((rnd, rest, settings)))
-    session.spy("retrain", lambda s, t: before.append(t))
+    session.spy("retrain", lambda s, t, outer_rng: before.append(t))
     run, _ = exploit(session, source, "--retrain-frozen-rnd")
     for (rnd, options, settings), t in zip(seen, before, strict=True):
         saved = torch.load(source / f"rnd_{t}.pt", weights_only=True)["rnd"]
@@ -387,7 +387,7 @@ def test_sync(tiny, session, dropout):
     """Table 4's hammer has dropout in the exploitation phase only: the two agents' layers are numbered differently."""
     tiny(PEN)
     after = []
-    session.spy("play_episode", lambda s, bar: after.append((list(s.progress["retrained"]), copy.deepcopy(s.explorer))))
+    session.spy("play_episode", lambda s: after.append((list(s.progress["retrained"]), copy.deepcopy(s.explorer))))
     session.run("--env-id", PEN, *SMALL, "--sync", "--retrain-dropout", dropout, "--online-steps", 90,
                 "--retrain-at", 45, 90)
     run = directory(PEN)
