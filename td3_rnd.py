@@ -78,10 +78,10 @@ SCRIPT = "td3_rnd"  # written into every file of a run, also by a renamed copy
 
 @dataclass
 class Args:
-# === shared block: run and data arguments ===
     # --- experiment ---
     env_id: str = "hammer-truncated-expert-v1"
     """Task of the paper: one of the nine with offline data."""
+# === shared block: experiment arguments ===
     seed: int = 1
     """Seed of everything random in the run."""
     exp_name: str = Path(__file__).stem
@@ -106,6 +106,8 @@ class Args:
     """RUN_DIR of a run: evaluate its last saved policy (OOO: of exploitation), train nothing."""
     video: bool = False
     """With --eval-only: also record the first episodes as mp4 (MUJOCO_GL=osmesa or egl where there is no display)."""
+# === end shared block: experiment arguments ===
+# === shared block: data arguments ===
     # --- task and data ---
     dataset_id: tuple[str, ...] = ()
     """Minari ids, each optionally ID:N for its first N episodes. Default: the task's published datasets."""
@@ -125,7 +127,7 @@ class Args:
     """See reward_scale."""
     mask_reward: float | None = None
     """If set, masks are 0 exactly where the raw reward equals this (kitchen: 4), else from terminations."""
-# === end shared block: run and data arguments ===
+# === end shared block: data arguments ===
 # === shared block: online arguments ===
     # --- online phase ---
     online_steps: int = 500_000
@@ -161,10 +163,10 @@ class Args:
     """The smoothing noise is clipped to [-noise_clip, noise_clip]."""
     policy_delay: int = 2
     """Critic steps for one step of the policy and of all targets."""
-# === shared block: rnd arguments ===
     # --- RND ---
     intrinsic_reward_scale: float = 0.5
     """Coefficient of the intrinsic reward; 0: no RND."""
+# === shared block: rnd arguments ===
     rnd_reward: Literal["max", "l2"] = "max"
     """max over features of the squared error (code), or their sum (paper)."""
     rnd_hidden_dims: tuple[int, ...] = (512, 512)
@@ -454,7 +456,8 @@ class LossHistory:
 @dataclass(frozen=True)
 class Task:
     """A task of the paper on today's packages. score_range: D4RL's (random, expert) returns, None where the score is
-    something else (normalized_score). goal: maze coordinates (x, y) of the cell (row 7, column 9)."""
+    something else (normalized_score). goal: maze coordinates (x, y) of the cell (row 7, column 9). threshold: sparse
+    locomotion, without offline data, pays 1 in every step beyond this x."""
 
     family: str
     gym_id: str
@@ -463,6 +466,7 @@ class Task:
     kwargs: dict = field(default_factory=dict)
     score_range: tuple[float, float] | None = None
     goal: tuple[float, float] | None = None
+    threshold: float | None = None
 
 
 def _kitchen(*subtasks):
@@ -490,6 +494,11 @@ ENVIRONMENTS = {
         "maze2d", "PointMaze_Large-v3", 800, ("D4RL/pointmaze/large-v2",), _MAZE, (6.7, 273.99), (3.5, -3.0)),
     "hammer-truncated-expert-v1": Task(
         "hammer", "AdroitHandHammer-v1", 200, ("D4RL/hammer/expert-v2",), {}, (-274.856578, 12794.134825156867)),
+    "ant-sparse-v2": Task(
+        "ant", "Ant-v5", 1000, (),
+        dict(include_cfrc_ext_in_observation=False, exclude_current_positions_from_observation=False,
+             terminate_when_unhealthy=False), threshold=10.0),
+    "halfcheetah-sparse-v2": Task("halfcheetah", "HalfCheetah-v5", 1000, (), threshold=20.0),
 }
 GOAL_RADIUS = 0.5  # D4RL's in both mazes; gymnasium-robotics uses 0.45
 ANTMAZE_DATA_GOAL_OFFSET = (0.75, -0.75)  # mean of the goals drawn by TaskEnv.reset
@@ -503,12 +512,15 @@ def flatten_observation(task, obs):
         obs = np.concatenate([obs["achieved_goal"], obs["observation"][..., :27]], axis=-1)
     elif task.family == "maze2d":
         obs = obs["observation"]
+    elif task.family == "ant":  # x, qpos[2:], qvel: without y; the contact forces were all 0 in the paper's MuJoCo
+        obs = np.delete(obs, 1, axis=-1)
     return np.asarray(obs, dtype=np.float32)
 
 
 def task_reward(task, next_obs, reward, goal=None):
     """(reward, success) of the paper's task for transitions into next_obs (..., obs_dim), reward as the package gives
-    it (...). Kitchen's reward must already count tasks. Formulas: D4RL and mj_envs."""
+    it (...). Kitchen's reward must already count tasks, sparse locomotion's be the x position (the cheetah does not
+    observe it). Formulas: D4RL, mj_envs and the official code."""
     o = next_obs
     if task.family == "pen":
         success = (np.linalg.norm(o[..., 39:42], axis=-1) < 0.075) & ((o[..., 33:36] * o[..., 36:39]).sum(-1) > 0.95)
@@ -522,6 +534,9 @@ def task_reward(task, next_obs, reward, goal=None):
         # gymnasium-robotics 1.2.1 to 1.4.2 add 0.1 |palm - hammer|, D4RL subtracts it. Only success pays +100.
         reward = reward - 0.2 * np.linalg.norm(o[..., 33:36] - o[..., 36:39], axis=-1)
         return reward, reward > 50
+    elif task.threshold is not None:
+        success = np.asarray(reward) > task.threshold
+        return success.astype(np.float64), success
     else:
         success = np.linalg.norm(o[..., :2] - np.asarray(goal), axis=-1) <= GOAL_RADIUS
         return success.astype(np.float64), success
@@ -568,6 +583,8 @@ class TaskEnv(gym.Wrapper):
         obs = flatten_observation(self.task, obs)
         if self.task.family == "kitchen":
             reward = float(len(info["episode_task_completions"]))
+        elif self.task.threshold is not None:
+            reward = info["x_position"]
         reward, success = task_reward(self.task, obs, reward, self.goal)
         terminated = self.task.family == "antmaze" and bool(success)
         return obs, float(reward), terminated, truncated, {"success": bool(success)}
@@ -698,6 +715,13 @@ def load_dataset(env_id, env, *, dataset_ids=(), dataset_path="", truncate_episo
     actions, rewards (raw), next_observations, terminations, episodes (index of the episode). Order: read, check,
     truncate, relabel, subset, remove discs."""
     task = ENVIRONMENTS[env_id]
+    if task.threshold is not None:
+        if dataset_path or dataset_ids:
+            fail(f"{env_id} is learnt without offline data; leave --dataset-id and --dataset-path out")
+        shapes = dict(observations=env.observation_space.shape, actions=env.action_space.shape, rewards=(),
+                      next_observations=env.observation_space.shape, terminations=(), episodes=())
+        none = {name: np.zeros((0, *shape), np.float32) for name, shape in shapes.items()}
+        return none, {"source": "none", "transitions": 0, "sha256": hashlib.sha256().hexdigest()}
     if dataset_path:
         data = read_npz(dataset_path, task.family == "antmaze")
     else:
@@ -907,7 +931,8 @@ def mlp(dims, dropout=0.0):
 class Critic(nn.Module):
     """Ensemble of Q(s, a) as batched products: (batch, obs_dim), (batch, act_dim) -> (num_qs, batch)."""
 
-    def __init__(self, obs_dim, act_dim, hidden_dims, num_qs=2):
+    def __init__(self, obs_dim, act_dim, hidden_dims, num_qs=2, layer_norm=False):
+        """layer_norm: between each hidden layer and its ReLU."""
         super().__init__()
         dims = (obs_dim + act_dim, *hidden_dims, 1)
         pairs = list(zip(dims[:-1], dims[1:], strict=True))
@@ -916,13 +941,38 @@ class Critic(nn.Module):
         for weight in self.weights:
             for member in weight.data:
                 nn.init.orthogonal_(member, gain=2**0.5)
+        norms = pairs[:-1] if layer_norm else []
+        self.scales = nn.ParameterList([torch.ones(num_qs, 1, o) for _, o in norms])
+        self.shifts = nn.ParameterList([torch.zeros(num_qs, 1, o) for _, o in norms])
 
-    def forward(self, observations, actions):
-        x = torch.cat([observations, actions], dim=-1).expand(len(self.weights[0]), -1, -1)
+    def forward(self, observations, actions, members=None):
+        """members: indices (k,) of the members that are wanted, for a result (k, batch); None: all."""
+        pick = (lambda p: p) if members is None else (lambda p: p.index_select(0, members))
+        num_qs = len(self.weights[0]) if members is None else len(members)
+        x = torch.cat([observations, actions], dim=-1).expand(num_qs, -1, -1)
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = torch.baddbmm(bias, x, weight)
+            x = torch.baddbmm(pick(bias), x, pick(weight))
+            if len(self.scales) > i:
+                x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+                x = torch.addcmul(pick(self.shifts[i]), x, pick(self.scales[i]))
             x = F.relu(x, inplace=True) if i < len(self.weights) - 1 else x
         return x.squeeze(-1)
+
+
+class Learner(nn.Module):
+    """An agent with critic, critic_target and optimizers {name: Adam}: the target's average, and all of its state."""
+
+    @torch.no_grad()
+    def update_target(self, tau):
+        torch._foreach_lerp_(list(self.critic_target.parameters()), list(self.critic.parameters()), tau)
+
+    def full_state(self):
+        return {"networks": self.state_dict(), "optimizers": {k: o.state_dict() for k, o in self.optimizers.items()}}
+
+    def load_full_state(self, state):
+        self.load_state_dict(state["networks"])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
 
 
 # === end shared block: networks ===
@@ -995,7 +1045,7 @@ class Actor(nn.Module):
         return (mean + spread).tanh() if self.squash else (mean.tanh() + spread).clamp(-1.0, 1.0)
 
 
-class Agent(nn.Module):
+class Agent(Learner):
     """The networks of one IQL (or TD3) agent and their optimisers."""
 
     def __init__(self, obs_dim, act_dim, hidden_dims, learning_rate, device, **actor_options):
@@ -1013,10 +1063,6 @@ class Agent(nn.Module):
         }
 
     @torch.no_grad()
-    def update_target(self, tau):
-        torch._foreach_lerp_(list(self.critic_target.parameters()), list(self.critic.parameters()), tau)
-
-    @torch.no_grad()
     def act(self, obs, sample):
         """One numpy observation to one numpy action in [-1, 1]; dropout is off."""
         self.actor.eval()
@@ -1026,13 +1072,6 @@ class Agent(nn.Module):
         self.actor.train()
         return action
 
-    def full_state(self):
-        return {"networks": self.state_dict(), "optimizers": {k: o.state_dict() for k, o in self.optimizers.items()}}
-
-    def load_full_state(self, state):
-        self.load_state_dict(state["networks"])
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
 
 
 # === end shared block: iql agent ===
@@ -1120,10 +1159,10 @@ class RND(nn.Module):
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-def make_rnd(args, obs_dim, device):
+def make_rnd(args, obs_dim, device, **options):
     networks = (mlp((obs_dim, *args.rnd_hidden_dims)) for _ in range(2))
     return RND(*networks, obs_dim, args.rnd_learning_rate, device, update_proportion=args.rnd_update_proportion,
-               reward=args.rnd_reward)
+               reward=args.rnd_reward, **options)
 
 
 # === end shared block: rnd ===
@@ -1198,13 +1237,6 @@ def td3_update(agent, batch, settings, intrinsic_rewards=None, noise=None):
 
 
 # === shared block: gradient step ===
-def task_batch(batch, args):
-    """Rewards and masks of sampled raw rows as the learner sees them."""
-    raw = batch["rewards"]
-    masks = 1.0 - batch["terminations"] if args.mask_reward is None else (raw != args.mask_reward).float()
-    return {**batch, "rewards": (raw + args.reward_bias) * args.reward_scale, "masks": masks}
-
-
 def make_gradient_step(args, buffer, learn, rnd=None, frozen_rnd=False):
     """update(rows) -> losses: one gradient step on raw buffer rows (batch, width), with RND's. learn(batch,
     intrinsic_rewards or None) -> losses."""
@@ -1219,13 +1251,29 @@ def make_gradient_step(args, buffer, learn, rnd=None, frozen_rnd=False):
         losses = learn(batch, bonus)
         return {**losses, "losses/rnd": rnd_loss, "rnd/batch_intrinsic_reward": bonus.mean()}
 
+    return wrap_update(args, update)
+
+
+# === end shared block: gradient step ===
+
+
+# === shared block: compiled updates ===
+def task_batch(batch, args):
+    """Rewards and masks of sampled raw rows as the learner sees them."""
+    raw = batch["rewards"]
+    masks = 1.0 - batch["terminations"] if args.mask_reward is None else (raw != args.mask_reward).float()
+    return {**batch, "rewards": (raw + args.reward_bias) * args.reward_scale, "masks": masks}
+
+
+def wrap_update(args, update):
+    """update(rows) -> losses as --compile and --cudagraphs want it."""
     if args.compile:
         # One graph of losses, gradients and Adam; RND's number of chosen rows varies.
         torch._dynamo.config.trace_autograd_ops = torch._dynamo.config.capture_dynamic_output_shape_ops = True
         torch._inductor.config.fallback_random = True  # the random numbers of the eager update
         # A code object of its own: compiled versions are kept, and looked through at each call, per code object.
         code = update.__code__.replace()
-        update = torch.compile(FunctionType(code, globals(), closure=update.__closure__))
+        update = torch.compile(FunctionType(code, update.__globals__, closure=update.__closure__))
     return CudaGraph(update) if args.cudagraphs else update
 
 
@@ -1253,7 +1301,7 @@ class CudaGraph:
         return self.losses
 
 
-# === end shared block: gradient step ===
+# === end shared block: compiled updates ===
 
 
 # === shared block: evaluation ===
@@ -1368,7 +1416,7 @@ def new_session(args, script, source=None):
     progress = dict(phase="pretrain", grad_step=0, env_step=0, episode=0, saved_steps=0)
     return SimpleNamespace(args=args, script=script, path=path, config=config, source=source, saved=saved,
                            device=device, precision=precision, progress=progress, losses=LossHistory(), learners={},
-                           learning_starts=0, retraining=None, bar=None, run=None)
+                           retraining=None, bar=None, run=None)
 
 
 def load_offline(s, online_rows):
@@ -1387,8 +1435,7 @@ def load_offline(s, online_rows):
                   terminations=(), episodes=())
     s.buffer = ReplayBuffer(shapes, len(data["rewards"]) + online_rows, s.device)
     s.buffer.extend(data)
-    s.offline_size, s.offline_episodes = s.buffer.size, int(data["episodes"].max()) + 1
-    s.sample = lambda: s.buffer.sample(args.batch_size)  # the batch of an online step, from all data
+    s.offline_size, s.offline_episodes = s.buffer.size, int(data["episodes"].max(initial=-1)) + 1
 
 
 def start_run(s):
@@ -1468,14 +1515,13 @@ def log_evaluation(s, phase, env_step, step, agent):
 
 
 def play_episode(s):
-    """One training episode of s.explorer (cut short at the end of the budget): act, store, and after the first
-    s.learning_starts steps s.explore_update. Yields the environment step after each; in the end the episode is counted
-    and logged."""
+    """One training episode (cut short at the end of the budget): s.choose_action(obs), store, s.learn(), one update on
+    the data so far, or None. Yields the environment step after each; then the episode is counted and logged."""
     args, p = s.args, s.progress
     obs, _ = s.env.reset(seed=derive_seed(args.seed, "training episode", p["episode"]))
     episode, done = {"return": 0.0, "length": 0, "success": False}, False
     while not done and p["env_step"] < args.online_steps:
-        action = s.explorer.act(obs, sample=True)
+        action = s.choose_action(obs)
         next_obs, reward, terminated, truncated, info = s.env.step(action)
         s.buffer.add(observations=obs, actions=action, rewards=reward, next_observations=next_obs,
                      terminations=terminated, episodes=s.offline_episodes + p["episode"])
@@ -1484,8 +1530,8 @@ def play_episode(s):
         episode["length"] += 1
         episode["success"] = episode["success"] or info["success"]
         p["env_step"] += 1
-        if p["env_step"] > s.learning_starts:
-            s.losses.add(s.explore_update(s.sample()))
+        if losses := s.learn():
+            s.losses.add(losses)
             p["grad_step"] += 1
         s.bar.update()
         yield p["env_step"]
@@ -1576,7 +1622,7 @@ def evaluate_saved(args, load_policy, pattern):
 # === end shared block: session ===
 
 
-# === shared block: online phase ===
+# === shared block: baseline online phase ===
 def online(s, save_policy):
     """Act, store and learn until the budget is spent. At save_at and at the end the policy is saved as
     save_policy(s, path), evaluated, and its score kept for the table."""
@@ -1604,7 +1650,7 @@ def report(s):
     return print_table(s, {*s.args.save_at, s.args.online_steps}, {s.script: s.progress["scores"]})
 
 
-# === end shared block: online phase ===
+# === end shared block: baseline online phase ===
 
 
 # === policy files ===
@@ -1644,6 +1690,8 @@ def open_session(args):
     s.rnd = make_rnd(args, s.obs_dim, s.device) if args.intrinsic_reward_scale else None
     s.learners = {"explorer": s.explorer, **({"rnd": s.rnd} if s.rnd else {})}
     s.explore_update = make_update(s)
+    s.choose_action = lambda obs: s.explorer.act(obs, sample=True)
+    s.learn = lambda: s.explore_update(s.buffer.sample(args.batch_size))
     start_run(s)
     return s
 
