@@ -858,9 +858,9 @@ class ReplayBuffer:
         self.size += n
 
     def add(self, **transition):
-        """Append one transition."""
+        """Append one transition; a field that is not given is 0 until it is known."""
         for name, column in self.columns.items():
-            self.row[column] = transition[name]
+            self.row[column] = transition.get(name, 0.0)
         self.data[self.size] = torch.from_numpy(self.row)
         self.size += 1
 
@@ -1294,15 +1294,19 @@ def task_batch(batch, args):
     return {**batch, "rewards": (raw + args.reward_bias) * args.reward_scale, "masks": masks}
 
 
+def compiled(function):
+    """A function of an update under torch.compile: one graph of losses, gradients and Adam."""
+    # RND's number of chosen rows varies.
+    torch._dynamo.config.trace_autograd_ops = torch._dynamo.config.capture_dynamic_output_shape_ops = True
+    torch._inductor.config.fallback_random = True  # the random numbers of the eager update
+    # A code object of its own: compiled versions are kept, and looked through at each call, per code object.
+    code = function.__code__.replace()
+    return torch.compile(FunctionType(code, function.__globals__, closure=function.__closure__))
+
+
 def wrap_update(args, update):
     """update(rows) -> losses as --compile and --cudagraphs want it."""
-    if args.compile:
-        # One graph of losses, gradients and Adam; RND's number of chosen rows varies.
-        torch._dynamo.config.trace_autograd_ops = torch._dynamo.config.capture_dynamic_output_shape_ops = True
-        torch._inductor.config.fallback_random = True  # the random numbers of the eager update
-        # A code object of its own: compiled versions are kept, and looked through at each call, per code object.
-        code = update.__code__.replace()
-        update = torch.compile(FunctionType(code, update.__globals__, closure=update.__closure__))
+    update = compiled(update) if args.compile else update
     return CudaGraph(update) if args.cudagraphs else update
 
 
@@ -1448,8 +1452,9 @@ def new_session(args, script, source=None):
                            retraining=None, bar=None, run=None)
 
 
-def load_offline(s, online_rows):
-    """Environments, offline data and a replay buffer with room for online_rows more transitions."""
+def load_offline(s, online_rows, prepare=lambda data: (data, {})):
+    """Environments, offline data and a replay buffer with room for online_rows more transitions. prepare(data) -> (data
+    as the script wants it, also with scalar columns of its own, additions to the report)."""
     args = s.args
     s.env, s.eval_env = make_env(args.env_id), make_env(args.env_id)
     data, s.report = load_dataset(
@@ -1459,9 +1464,12 @@ def load_offline(s, online_rows):
     for started in filter(None, (s.config, s.source)):
         if started["dataset"]["sha256"] != s.report["sha256"]:
             fail(f"the offline data {s.report['source']} is not what the run was started with (sha256 differs)")
+    data, more = prepare(data)
+    s.report |= more
     (s.obs_dim,), (s.act_dim,) = s.env.observation_space.shape, s.env.action_space.shape
     shapes = dict(observations=(s.obs_dim,), actions=(s.act_dim,), rewards=(), next_observations=(s.obs_dim,),
                   terminations=(), episodes=())
+    shapes |= {name: () for name in data if name not in shapes}
     s.buffer = ReplayBuffer(shapes, len(data["rewards"]) + online_rows, s.device)
     s.buffer.extend(data)
     s.offline_size, s.offline_episodes = s.buffer.size, int(data["episodes"].max(initial=-1)) + 1
@@ -1523,12 +1531,13 @@ def phase_bar(s, phase, total, initial):
 
 
 def log_losses(s, phase, env_step, step, losses, **extra):
-    """Mean losses since the last record, to metrics.jsonl; speed to timing.jsonl."""
-    where = {"phase": phase, "env_step": env_step, "grad_step": step}
-    s.run.log("metrics.jsonl", {**where, **losses.means(step), **extra})
+    """Mean losses since the last record, to metrics.jsonl; speed to timing.jsonl. Returns the means."""
+    where, means = {"phase": phase, "env_step": env_step, "grad_step": step}, losses.means(step)
+    s.run.log("metrics.jsonl", {**where, **means, **extra})
     now, (then, before) = time.perf_counter(), s.clock
     s.run.log("timing.jsonl", {**where, "charts/SPS": (s.bar.n - before) / max(now - then, 1e-9), "time": time.time()})
     s.clock = (now, s.bar.n)
+    return means
 
 
 def log_evaluation(s, phase, env_step, step, agent):
@@ -1693,28 +1702,30 @@ def retrain_due(s, retrain):
             save_checkpoint(s)
 
 
-def retrain_loop(s, t, agent, step, outer_rng):
+def retrain_loop(s, t, agent, step, outer_rng, stop=lambda means: False):
     """The gradient steps of one retraining with evaluations and checkpoints, from where it was interrupted. step():
-    one gradient step of the agent, returns losses. Returns the last evaluation's summary."""
+    one gradient step of the agent, returns losses. stop(mean losses since the last record) -> True: that was the last
+    step. Returns the last evaluation's summary."""
     args, p, losses, online_bar = s.args, s.progress, LossHistory(), s.bar
     if s.retraining:  # this retraining was interrupted
         agent.load_full_state(s.retraining["agent"])
         losses.load_state_dict(s.retraining["losses"], s.device)
         set_rng(s.retraining["rng"], s.device)
         s.retraining = None
-    with phase_bar(s, f"retrain t={t}", args.retrain_steps, p["retrain_step"]) as bar:
+    last = args.retrain_steps
+    with phase_bar(s, f"retrain t={t}", last, p["retrain_step"]) as bar:
         if p["retrain_step"] == 0:
             log_evaluation(s, "retrain", t, 0, agent)
-        while p["retrain_step"] < args.retrain_steps:
+        while p["retrain_step"] < last:
             losses.add(step())
             p["retrain_step"] += 1
             bar.update()
             done = p["retrain_step"]
-            if done % args.log_every == 0:
-                log_losses(s, "retrain", t, done, losses)
-            if done % args.eval_every == 0 or done == args.retrain_steps:
+            if done % args.log_every == 0 and stop(log_losses(s, "retrain", t, done, losses)):
+                last = done
+            if done % args.eval_every == 0 or done == last:
                 summary = log_evaluation(s, "retrain", t, done, agent)
-            if done % args.checkpoint_every == 0 and done < args.retrain_steps:
+            if done % args.checkpoint_every == 0 and done < last:
                 save_checkpoint(s, dict(agent=agent, losses=losses, outer_rng=outer_rng))
     losses.check(p["retrain_step"])
     if online_bar is not None:
@@ -1762,8 +1773,9 @@ def load_source(s):
 
 
 # === shared block: online phase ===
-def online(s, retrain, save_policy):
-    """Algorithm 1, the online loop: the exploration policy alone acts; one optimistic update per step on all data."""
+def online(s, retrain, save_policy, play=lambda s: play_episode(s)):
+    """Algorithm 1, the online loop: the exploration policy alone acts; one optimistic update per step on all data.
+    play(s): one training episode with its updates; yields the environment step after each."""
     args, p = s.args, s.progress
     last_checkpoint = p["saved_steps"]
     with phase_bar(s, "online", args.online_steps, p["env_step"]):
@@ -1771,7 +1783,7 @@ def online(s, retrain, save_policy):
             retrain_due(s, retrain)
             if p["env_step"] >= args.online_steps:
                 break
-            for t in play_episode(s):
+            for t in play(s):
                 wanted = t in args.retrain_at or t == args.online_steps
                 summary = log_online_step(s, t, wanted)
                 if wanted:

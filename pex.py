@@ -32,9 +32,8 @@ from softmax(inv_temperature * min Q). pi_theta is regressed, as IQL's policy, o
 would play in the states of the batch.
 
 Choices where paper and code differ or are silent:
- 1. The paper of OOO gives no hyper-parameters for its PEX: expectile, temperature, pretraining steps, reward shift and
-    bounds are those of its IQL, per task; inverse temperature 10, 5,000 steps before the first update and batches half
-    offline, half online are PEX's own. There is no RND.
+ 1. Expectile, temperature, pretraining steps and reward shift are those of iql_ooo.py's exploration, per task; inverse
+    temperature 10, 5,000 steps before the first update and batches half offline, half online are PEX's own. No RND.
  2. Order of an update as in PEX's code (golden vectors): the Q target uses V before its step (IQL here: after), the
     policy step the critic, target and V after theirs.
  3. Evaluation is epsilon-greedy over the two policies' means: with probability 0.1 either one, each equally likely,
@@ -820,9 +819,9 @@ class ReplayBuffer:
         self.size += n
 
     def add(self, **transition):
-        """Append one transition."""
+        """Append one transition; a field that is not given is 0 until it is known."""
         for name, column in self.columns.items():
-            self.row[column] = transition[name]
+            self.row[column] = transition.get(name, 0.0)
         self.data[self.size] = torch.from_numpy(self.row)
         self.size += 1
 
@@ -1082,7 +1081,7 @@ class PEXAgent(nn.Module):
         return actions, torch.stack([self.critic(observations, a).amin(0) for a in actions])
 
     def probabilities(self, q):
-        """PEX eq. 6: the probability of playing each policy's action; q and result: (2, batch)."""
+        """Boltzmann over the two actions' Q: the probability of playing each; q and result: (2, batch)."""
         return (self.inv_temperature * q).softmax(0)
 
     @torch.no_grad()
@@ -1237,15 +1236,19 @@ def task_batch(batch, args):
     return {**batch, "rewards": (raw + args.reward_bias) * args.reward_scale, "masks": masks}
 
 
+def compiled(function):
+    """A function of an update under torch.compile: one graph of losses, gradients and Adam."""
+    # RND's number of chosen rows varies.
+    torch._dynamo.config.trace_autograd_ops = torch._dynamo.config.capture_dynamic_output_shape_ops = True
+    torch._inductor.config.fallback_random = True  # the random numbers of the eager update
+    # A code object of its own: compiled versions are kept, and looked through at each call, per code object.
+    code = function.__code__.replace()
+    return torch.compile(FunctionType(code, function.__globals__, closure=function.__closure__))
+
+
 def wrap_update(args, update):
     """update(rows) -> losses as --compile and --cudagraphs want it."""
-    if args.compile:
-        # One graph of losses, gradients and Adam; RND's number of chosen rows varies.
-        torch._dynamo.config.trace_autograd_ops = torch._dynamo.config.capture_dynamic_output_shape_ops = True
-        torch._inductor.config.fallback_random = True  # the random numbers of the eager update
-        # A code object of its own: compiled versions are kept, and looked through at each call, per code object.
-        code = update.__code__.replace()
-        update = torch.compile(FunctionType(code, update.__globals__, closure=update.__closure__))
+    update = compiled(update) if args.compile else update
     return CudaGraph(update) if args.cudagraphs else update
 
 
@@ -1391,8 +1394,9 @@ def new_session(args, script, source=None):
                            retraining=None, bar=None, run=None)
 
 
-def load_offline(s, online_rows):
-    """Environments, offline data and a replay buffer with room for online_rows more transitions."""
+def load_offline(s, online_rows, prepare=lambda data: (data, {})):
+    """Environments, offline data and a replay buffer with room for online_rows more transitions. prepare(data) -> (data
+    as the script wants it, also with scalar columns of its own, additions to the report)."""
     args = s.args
     s.env, s.eval_env = make_env(args.env_id), make_env(args.env_id)
     data, s.report = load_dataset(
@@ -1402,9 +1406,12 @@ def load_offline(s, online_rows):
     for started in filter(None, (s.config, s.source)):
         if started["dataset"]["sha256"] != s.report["sha256"]:
             fail(f"the offline data {s.report['source']} is not what the run was started with (sha256 differs)")
+    data, more = prepare(data)
+    s.report |= more
     (s.obs_dim,), (s.act_dim,) = s.env.observation_space.shape, s.env.action_space.shape
     shapes = dict(observations=(s.obs_dim,), actions=(s.act_dim,), rewards=(), next_observations=(s.obs_dim,),
                   terminations=(), episodes=())
+    shapes |= {name: () for name in data if name not in shapes}
     s.buffer = ReplayBuffer(shapes, len(data["rewards"]) + online_rows, s.device)
     s.buffer.extend(data)
     s.offline_size, s.offline_episodes = s.buffer.size, int(data["episodes"].max(initial=-1)) + 1
@@ -1466,12 +1473,13 @@ def phase_bar(s, phase, total, initial):
 
 
 def log_losses(s, phase, env_step, step, losses, **extra):
-    """Mean losses since the last record, to metrics.jsonl; speed to timing.jsonl."""
-    where = {"phase": phase, "env_step": env_step, "grad_step": step}
-    s.run.log("metrics.jsonl", {**where, **losses.means(step), **extra})
+    """Mean losses since the last record, to metrics.jsonl; speed to timing.jsonl. Returns the means."""
+    where, means = {"phase": phase, "env_step": env_step, "grad_step": step}, losses.means(step)
+    s.run.log("metrics.jsonl", {**where, **means, **extra})
     now, (then, before) = time.perf_counter(), s.clock
     s.run.log("timing.jsonl", {**where, "charts/SPS": (s.bar.n - before) / max(now - then, 1e-9), "time": time.time()})
     s.clock = (now, s.bar.n)
+    return means
 
 
 def log_evaluation(s, phase, env_step, step, agent):

@@ -838,9 +838,9 @@ class ReplayBuffer:
         self.size += n
 
     def add(self, **transition):
-        """Append one transition."""
+        """Append one transition; a field that is not given is 0 until it is known."""
         for name, column in self.columns.items():
-            self.row[column] = transition[name]
+            self.row[column] = transition.get(name, 0.0)
         self.data[self.size] = torch.from_numpy(self.row)
         self.size += 1
 
@@ -1204,10 +1204,32 @@ def draw_noise(utd_ratio, batch_size, act_dim, num_qs, num_min_qs, device):
     return {"next": normal[:-batch_size], "actor": normal[-batch_size:], "members": order[:, :num_min_qs]}
 
 
-def sac_update(agent, batch, settings, utd_ratio=1, intrinsic_rewards=None, noise=None):
+def critic_step(agent, batch, settings, next_actions, entropy_term, members=None, intrinsic_rewards=None):
+    """One step of critics and target critics on one minibatch. Returns loss and mean Q, detached."""
+    with torch.no_grad():
+        target = td_target(agent, batch, settings, next_actions, entropy_term, members, intrinsic_rewards)
+    loss, q = critic_loss(agent, batch, target)
+    agent.optimizers["critic"].minimize(loss)
+    agent.update_target(settings.tau)
+    return loss.detach(), q
+
+
+def actor_step(agent, observations, settings, noise):
+    """One step of the actor, then one of alpha, with the entropy of the actor before its step. Returns losses."""
+    loss_pi, entropy = actor_loss(agent, observations, noise)
+    agent.optimizers["actor"].minimize(loss_pi)
+    loss_alpha = alpha_loss(agent, settings, entropy)
+    agent.optimizers["alpha"].minimize(loss_alpha)
+    return {"losses/actor": loss_pi.detach(), "losses/alpha": loss_alpha.detach(), "losses/entropy": entropy,
+            "losses/alpha_value": agent.log_alpha.detach().exp()}
+
+
+def sac_update(agent, batch, settings, utd_ratio=1, intrinsic_rewards=None, noise=None,
+               steps=(critic_step, actor_step)):
     """One RLPD update: utd_ratio critic steps, each on its own part of the batch, then an actor and an alpha step on
     the last part. batch: observations, actions, rewards, masks, next_observations with utd_ratio * n rows;
-    intrinsic_rewards: one for each row, or None. noise: see draw_noise. Returns detached scalars, of the last part."""
+    intrinsic_rewards: one for each row, or None. noise: see draw_noise. steps: the two kinds of step, perhaps compiled.
+    Returns detached scalars, of the last part."""
     rows, act_dim = batch["actions"].shape
     n, num_qs = rows // utd_ratio, len(agent.critic.weights[0])
     if noise is None:
@@ -1220,35 +1242,29 @@ def sac_update(agent, batch, settings, utd_ratio=1, intrinsic_rewards=None, nois
         part = {name: value[here] for name, value in batch.items()}
         members = noise["members"][j] if settings.num_min_qs < num_qs else None
         bonus = None if intrinsic_rewards is None else intrinsic_rewards[here]
-        with torch.no_grad():
-            target = td_target(agent, part, settings, next_actions[here], entropy_term[here], members, bonus)
-        loss_q, q = critic_loss(agent, part, target)
-        agent.optimizers["critic"].minimize(loss_q)
-        agent.update_target(settings.tau)
-    # --- Actor, with the new critics ---
-    loss_pi, entropy = actor_loss(agent, part["observations"], noise["actor"])
-    agent.optimizers["actor"].minimize(loss_pi)
-    # --- Alpha, with the entropy of the actor before its step ---
-    loss_alpha = alpha_loss(agent, settings, entropy)
-    agent.optimizers["alpha"].minimize(loss_alpha)
-    return {"losses/critic": loss_q.detach(), "losses/actor": loss_pi.detach(), "losses/alpha": loss_alpha.detach(),
-            "losses/q_mean": q, "losses/entropy": entropy, "losses/alpha_value": agent.log_alpha.detach().exp()}
+        loss_q, q = steps[0](agent, part, settings, next_actions[here], entropy_term[here], members, bonus)
+    # --- Actor and alpha, with the new critics ---
+    losses = steps[1](agent, part["observations"], settings, noise["actor"])
+    return {"losses/critic": loss_q, "losses/q_mean": q, **losses}
 
 
 def make_update(args, buffer, agent, settings, rnd=None, utd_ratio=1):
-    """update(rows) -> losses: one update of the agent on raw buffer rows (utd_ratio * batch, width), with RND's."""
+    """update(rows) -> losses: one update of the agent on raw buffer rows (utd_ratio * batch, width), with RND's.
+    --compile compiles one critic step, which the loop calls again and again (the unrolled loop would take minutes to
+    compile), and the actor's; --cudagraphs captures the whole update."""
+    steps = [compiled(step) if args.compile else step for step in (critic_step, actor_step)]
 
     def update(rows):
         batch = task_batch(buffer.split(rows), args)
         batch = {name: batch[name] for name in ("observations", "actions", "rewards", "masks", "next_observations")}
         if rnd is None:
-            return sac_update(agent, batch, settings, utd_ratio)
+            return sac_update(agent, batch, settings, utd_ratio, steps=steps)
         # RND: the rewards of the whole batch, then one predictor step
         bonus, rnd_loss = rnd.update(batch["observations"], batch["next_observations"])
-        losses = sac_update(agent, batch, settings, utd_ratio, bonus)
+        losses = sac_update(agent, batch, settings, utd_ratio, bonus, steps=steps)
         return {**losses, "losses/rnd": rnd_loss, "rnd/batch_intrinsic_reward": bonus.mean()}
 
-    return wrap_update(args, update)
+    return CudaGraph(update) if args.cudagraphs else update
 
 
 def sample_symmetric(buffer, offline_size, offline_ratio, utd_ratio, batch_size):
@@ -1269,15 +1285,19 @@ def task_batch(batch, args):
     return {**batch, "rewards": (raw + args.reward_bias) * args.reward_scale, "masks": masks}
 
 
+def compiled(function):
+    """A function of an update under torch.compile: one graph of losses, gradients and Adam."""
+    # RND's number of chosen rows varies.
+    torch._dynamo.config.trace_autograd_ops = torch._dynamo.config.capture_dynamic_output_shape_ops = True
+    torch._inductor.config.fallback_random = True  # the random numbers of the eager update
+    # A code object of its own: compiled versions are kept, and looked through at each call, per code object.
+    code = function.__code__.replace()
+    return torch.compile(FunctionType(code, function.__globals__, closure=function.__closure__))
+
+
 def wrap_update(args, update):
     """update(rows) -> losses as --compile and --cudagraphs want it."""
-    if args.compile:
-        # One graph of losses, gradients and Adam; RND's number of chosen rows varies.
-        torch._dynamo.config.trace_autograd_ops = torch._dynamo.config.capture_dynamic_output_shape_ops = True
-        torch._inductor.config.fallback_random = True  # the random numbers of the eager update
-        # A code object of its own: compiled versions are kept, and looked through at each call, per code object.
-        code = update.__code__.replace()
-        update = torch.compile(FunctionType(code, update.__globals__, closure=update.__closure__))
+    update = compiled(update) if args.compile else update
     return CudaGraph(update) if args.cudagraphs else update
 
 
@@ -1423,8 +1443,9 @@ def new_session(args, script, source=None):
                            retraining=None, bar=None, run=None)
 
 
-def load_offline(s, online_rows):
-    """Environments, offline data and a replay buffer with room for online_rows more transitions."""
+def load_offline(s, online_rows, prepare=lambda data: (data, {})):
+    """Environments, offline data and a replay buffer with room for online_rows more transitions. prepare(data) -> (data
+    as the script wants it, also with scalar columns of its own, additions to the report)."""
     args = s.args
     s.env, s.eval_env = make_env(args.env_id), make_env(args.env_id)
     data, s.report = load_dataset(
@@ -1434,9 +1455,12 @@ def load_offline(s, online_rows):
     for started in filter(None, (s.config, s.source)):
         if started["dataset"]["sha256"] != s.report["sha256"]:
             fail(f"the offline data {s.report['source']} is not what the run was started with (sha256 differs)")
+    data, more = prepare(data)
+    s.report |= more
     (s.obs_dim,), (s.act_dim,) = s.env.observation_space.shape, s.env.action_space.shape
     shapes = dict(observations=(s.obs_dim,), actions=(s.act_dim,), rewards=(), next_observations=(s.obs_dim,),
                   terminations=(), episodes=())
+    shapes |= {name: () for name in data if name not in shapes}
     s.buffer = ReplayBuffer(shapes, len(data["rewards"]) + online_rows, s.device)
     s.buffer.extend(data)
     s.offline_size, s.offline_episodes = s.buffer.size, int(data["episodes"].max(initial=-1)) + 1
@@ -1498,12 +1522,13 @@ def phase_bar(s, phase, total, initial):
 
 
 def log_losses(s, phase, env_step, step, losses, **extra):
-    """Mean losses since the last record, to metrics.jsonl; speed to timing.jsonl."""
-    where = {"phase": phase, "env_step": env_step, "grad_step": step}
-    s.run.log("metrics.jsonl", {**where, **losses.means(step), **extra})
+    """Mean losses since the last record, to metrics.jsonl; speed to timing.jsonl. Returns the means."""
+    where, means = {"phase": phase, "env_step": env_step, "grad_step": step}, losses.means(step)
+    s.run.log("metrics.jsonl", {**where, **means, **extra})
     now, (then, before) = time.perf_counter(), s.clock
     s.run.log("timing.jsonl", {**where, "charts/SPS": (s.bar.n - before) / max(now - then, 1e-9), "time": time.time()})
     s.clock = (now, s.bar.n)
+    return means
 
 
 def log_evaluation(s, phase, env_step, step, agent):
@@ -1627,8 +1652,9 @@ def evaluate_saved(args, load_policy, pattern):
 
 
 # === shared block: online phase ===
-def online(s, retrain, save_policy):
-    """Algorithm 1, the online loop: the exploration policy alone acts; one optimistic update per step on all data."""
+def online(s, retrain, save_policy, play=lambda s: play_episode(s)):
+    """Algorithm 1, the online loop: the exploration policy alone acts; one optimistic update per step on all data.
+    play(s): one training episode with its updates; yields the environment step after each."""
     args, p = s.args, s.progress
     last_checkpoint = p["saved_steps"]
     with phase_bar(s, "online", args.online_steps, p["env_step"]):
@@ -1636,7 +1662,7 @@ def online(s, retrain, save_policy):
             retrain_due(s, retrain)
             if p["env_step"] >= args.online_steps:
                 break
-            for t in play_episode(s):
+            for t in play(s):
                 wanted = t in args.retrain_at or t == args.online_steps
                 summary = log_online_step(s, t, wanted)
                 if wanted:
@@ -1675,28 +1701,30 @@ def retrain_due(s, retrain):
             save_checkpoint(s)
 
 
-def retrain_loop(s, t, agent, step, outer_rng):
+def retrain_loop(s, t, agent, step, outer_rng, stop=lambda means: False):
     """The gradient steps of one retraining with evaluations and checkpoints, from where it was interrupted. step():
-    one gradient step of the agent, returns losses. Returns the last evaluation's summary."""
+    one gradient step of the agent, returns losses. stop(mean losses since the last record) -> True: that was the last
+    step. Returns the last evaluation's summary."""
     args, p, losses, online_bar = s.args, s.progress, LossHistory(), s.bar
     if s.retraining:  # this retraining was interrupted
         agent.load_full_state(s.retraining["agent"])
         losses.load_state_dict(s.retraining["losses"], s.device)
         set_rng(s.retraining["rng"], s.device)
         s.retraining = None
-    with phase_bar(s, f"retrain t={t}", args.retrain_steps, p["retrain_step"]) as bar:
+    last = args.retrain_steps
+    with phase_bar(s, f"retrain t={t}", last, p["retrain_step"]) as bar:
         if p["retrain_step"] == 0:
             log_evaluation(s, "retrain", t, 0, agent)
-        while p["retrain_step"] < args.retrain_steps:
+        while p["retrain_step"] < last:
             losses.add(step())
             p["retrain_step"] += 1
             bar.update()
             done = p["retrain_step"]
-            if done % args.log_every == 0:
-                log_losses(s, "retrain", t, done, losses)
-            if done % args.eval_every == 0 or done == args.retrain_steps:
+            if done % args.log_every == 0 and stop(log_losses(s, "retrain", t, done, losses)):
+                last = done
+            if done % args.eval_every == 0 or done == last:
                 summary = log_evaluation(s, "retrain", t, done, agent)
-            if done % args.checkpoint_every == 0 and done < args.retrain_steps:
+            if done % args.checkpoint_every == 0 and done < last:
                 save_checkpoint(s, dict(agent=agent, losses=losses, outer_rng=outer_rng))
     losses.check(p["retrain_step"])
     if online_bar is not None:

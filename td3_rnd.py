@@ -34,7 +34,7 @@ Choices where paper and official code differ or are silent:
     step in two. --variant official is the code's: tanh-squashed Gaussian with a learnt log_std in [-5, 2] that explores
     by its own noise, no target actor, no delay, policy against the mean of both critics before their step.
  2. Networks, learning rate (3e-4) and batch (256) are those of IQL here; Fujimoto's critic loss is the sum over the two
-    critics, here it is their mean: twice the loss is the same step of Adam.
+    critics, here it is their mean, which Adam turns into the same step.
  3. No random steps at the start (Fujimoto: 25,000): the buffer holds the offline data, and the bonus explores.
  4. The bonus is added to the target, with IQL + RND's coefficients: 10 on kitchen and the mazes, 0.5 on Adroit.
     RND's own choices (largest squared error, layers) are those of iql_ooo.py.
@@ -810,9 +810,9 @@ class ReplayBuffer:
         self.size += n
 
     def add(self, **transition):
-        """Append one transition."""
+        """Append one transition; a field that is not given is 0 until it is known."""
         for name, column in self.columns.items():
-            self.row[column] = transition[name]
+            self.row[column] = transition.get(name, 0.0)
         self.data[self.size] = torch.from_numpy(self.row)
         self.size += 1
 
@@ -1265,15 +1265,19 @@ def task_batch(batch, args):
     return {**batch, "rewards": (raw + args.reward_bias) * args.reward_scale, "masks": masks}
 
 
+def compiled(function):
+    """A function of an update under torch.compile: one graph of losses, gradients and Adam."""
+    # RND's number of chosen rows varies.
+    torch._dynamo.config.trace_autograd_ops = torch._dynamo.config.capture_dynamic_output_shape_ops = True
+    torch._inductor.config.fallback_random = True  # the random numbers of the eager update
+    # A code object of its own: compiled versions are kept, and looked through at each call, per code object.
+    code = function.__code__.replace()
+    return torch.compile(FunctionType(code, function.__globals__, closure=function.__closure__))
+
+
 def wrap_update(args, update):
     """update(rows) -> losses as --compile and --cudagraphs want it."""
-    if args.compile:
-        # One graph of losses, gradients and Adam; RND's number of chosen rows varies.
-        torch._dynamo.config.trace_autograd_ops = torch._dynamo.config.capture_dynamic_output_shape_ops = True
-        torch._inductor.config.fallback_random = True  # the random numbers of the eager update
-        # A code object of its own: compiled versions are kept, and looked through at each call, per code object.
-        code = update.__code__.replace()
-        update = torch.compile(FunctionType(code, update.__globals__, closure=update.__closure__))
+    update = compiled(update) if args.compile else update
     return CudaGraph(update) if args.cudagraphs else update
 
 
@@ -1419,8 +1423,9 @@ def new_session(args, script, source=None):
                            retraining=None, bar=None, run=None)
 
 
-def load_offline(s, online_rows):
-    """Environments, offline data and a replay buffer with room for online_rows more transitions."""
+def load_offline(s, online_rows, prepare=lambda data: (data, {})):
+    """Environments, offline data and a replay buffer with room for online_rows more transitions. prepare(data) -> (data
+    as the script wants it, also with scalar columns of its own, additions to the report)."""
     args = s.args
     s.env, s.eval_env = make_env(args.env_id), make_env(args.env_id)
     data, s.report = load_dataset(
@@ -1430,9 +1435,12 @@ def load_offline(s, online_rows):
     for started in filter(None, (s.config, s.source)):
         if started["dataset"]["sha256"] != s.report["sha256"]:
             fail(f"the offline data {s.report['source']} is not what the run was started with (sha256 differs)")
+    data, more = prepare(data)
+    s.report |= more
     (s.obs_dim,), (s.act_dim,) = s.env.observation_space.shape, s.env.action_space.shape
     shapes = dict(observations=(s.obs_dim,), actions=(s.act_dim,), rewards=(), next_observations=(s.obs_dim,),
                   terminations=(), episodes=())
+    shapes |= {name: () for name in data if name not in shapes}
     s.buffer = ReplayBuffer(shapes, len(data["rewards"]) + online_rows, s.device)
     s.buffer.extend(data)
     s.offline_size, s.offline_episodes = s.buffer.size, int(data["episodes"].max(initial=-1)) + 1
@@ -1494,12 +1502,13 @@ def phase_bar(s, phase, total, initial):
 
 
 def log_losses(s, phase, env_step, step, losses, **extra):
-    """Mean losses since the last record, to metrics.jsonl; speed to timing.jsonl."""
-    where = {"phase": phase, "env_step": env_step, "grad_step": step}
-    s.run.log("metrics.jsonl", {**where, **losses.means(step), **extra})
+    """Mean losses since the last record, to metrics.jsonl; speed to timing.jsonl. Returns the means."""
+    where, means = {"phase": phase, "env_step": env_step, "grad_step": step}, losses.means(step)
+    s.run.log("metrics.jsonl", {**where, **means, **extra})
     now, (then, before) = time.perf_counter(), s.clock
     s.run.log("timing.jsonl", {**where, "charts/SPS": (s.bar.n - before) / max(now - then, 1e-9), "time": time.time()})
     s.clock = (now, s.bar.n)
+    return means
 
 
 def log_evaluation(s, phase, env_step, step, agent):

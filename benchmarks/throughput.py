@@ -3,6 +3,7 @@
     python benchmarks/throughput.py --d3rlpy-python benchmarks/.venv/bin/python --out results/throughput.json  # README
     python benchmarks/throughput.py --device cuda --compile --cudagraphs
     python benchmarks/throughput.py --env-id halfcheetah-sparse-v2 --out results/throughput_rlpd.json      # rlpd_ooo.py
+    python benchmarks/throughput.py --algorithm calql --env-id pen-binary-v0 --out results/throughput_calql.json
 
 All rows are measured in turns, a short chunk of each, round after round, so that a noisy machine disturbs all alike.
 "x floor" is a row's time divided by its floor's: the median over the rounds, and the best chunk by the best chunk.
@@ -19,12 +20,14 @@ from pathlib import Path
 from shutil import which
 from statistics import median
 from types import SimpleNamespace
+from typing import Literal
 
 import torch
 import tyro
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import calql_ooo  # noqa: E402
 import iql_ooo  # noqa: E402
 import rlpd_ooo  # noqa: E402
 
@@ -35,7 +38,8 @@ EXACT = 1e-6  # largest relative error of a product that still counts as float32
 
 @dataclass
 class Args:
-    env_id: str = "hammer-truncated-expert-v1"  # gives sizes, settings and environment; a sparse task: of rlpd_ooo.py
+    algorithm: Literal["iql", "calql"] = "iql"  # iql_ooo.py or calql_ooo.py; a sparse task is always rlpd_ooo.py's
+    env_id: str = "hammer-truncated-expert-v1"  # gives sizes, settings and environment
     seconds: float = 20.0  # measuring time of each row
     threads: int = 1  # CPU threads of torch
     device: str = "auto"  # auto, cpu or cuda
@@ -93,6 +97,21 @@ class Products:
         self.list += utd_ratio * step.list
         self.passes(actor, batch, backward=True)
         self.passes(critic, batch, inputs=True)  # Q of the policy's actions, and its gradient
+        return self
+
+    @classmethod
+    def calql(cls, s, rnd):
+        """The products of one Cal-QL (rnd=False: CQL) update."""
+        self, args, batch = cls(s.device), s.args, s.args.batch_size
+        critic_dims, n = (s.obs_dim + s.act_dim, *args.critic_hidden_dims, 1), args.cql_actions
+        actor, critic = self.weights((s.obs_dim, *args.hidden_dims, 2 * s.act_dim)), self.weights(critic_dims, 2)
+        if rnd:
+            self.rnd(s, batch)
+        self.passes(actor, batch, backward=True)  # policy at s, its loss
+        self.passes(actor, batch)  # policy at s'
+        self.passes(critic, batch, inputs=True)  # Q of the new actions, and its gradient to them
+        self.passes(self.weights(critic_dims, members=2), n * batch)  # target
+        self.passes(critic, (1 + 3 * n) * batch, backward=True)  # Q of the data's and the sampled actions, its loss
         return self
 
     def rnd(self, s, batch):
@@ -186,17 +205,19 @@ def choose_precision(products, device, cpu_time, seconds):
 
 
 # === the script's phases ===
-def make_session(settings, device):
-    """What open_session of the script builds, with random numbers in the replay buffer instead of a dataset."""
-    env = iql_ooo.make_env(settings.env_id)  # environments and buffer are shared by the scripts
+def make_session(settings, device, columns=()):
+    """What open_session of the script builds, with random numbers in the replay buffer instead of a dataset. columns:
+    scalar ones that only this script has."""
+    env = iql_ooo.make_env(settings.env_id)
     (obs_dim,), (act_dim,) = env.observation_space.shape, env.action_space.shape
     shapes = dict(observations=(obs_dim,), actions=(act_dim,), rewards=(), next_observations=(obs_dim,),
-                  terminations=(), episodes=())
+                  terminations=(), episodes=(), **dict.fromkeys(columns, ()))
     buffer = iql_ooo.ReplayBuffer(shapes, BUFFER_ROWS, device)
     buffer.data.normal_()
     buffer.split(buffer.data)["terminations"].zero_()
     buffer.size = BUFFER_ROWS
-    return SimpleNamespace(args=settings, device=device, env=env, obs_dim=obs_dim, act_dim=act_dim, buffer=buffer)
+    return SimpleNamespace(args=settings, device=device, env=env, obs_dim=obs_dim, act_dim=act_dim, buffer=buffer,
+                           progress={"grad_step": 1})
 
 
 def learner(s, update, sample=None):
@@ -258,6 +279,22 @@ def iql_rows(s, add, args, iql, both):
         add(f"pretrain{mark}: IQL + RND", step, both.flops(), "floor IQL + RND")
         step = player(own, lambda obs, agent=own.explorer: agent.act(obs, sample=True), step)
         add(f"online{mark}: act, environment, IQL + RND", step, both.flops(), "floor IQL + RND")
+
+
+def calql_rows(s, add, args, cql, both):
+    add("floor CQL", cql, cql.flops())
+    add("floor Cal-QL + RND", both, both.flops())
+    for own, mark in variants(s, args):
+        agent = calql_ooo.make_agent(own.args, s.obs_dim, s.act_dim, s.device, unit_features=True)
+        agent.q_bounds.copy_(torch.tensor([-100.0, 100.0]))
+        settings = calql_ooo.make_settings(own.args, s.act_dim, calibrate=False)
+        step = learner(own, calql_ooo.make_update(own.args, s.buffer, agent, settings))
+        add(f"retrain{mark}: CQL", step, cql.flops(), "floor CQL")
+        calql_ooo.build_explorer(own)
+        step = learner(own, own.explore_update)
+        add(f"pretrain{mark}: Cal-QL + RND", step, both.flops(), "floor Cal-QL + RND")
+        step = player(own, lambda obs, agent=own.explorer: agent.act(obs, sample=True), step)
+        add(f"online{mark}: act, environment, Cal-QL + RND", step, both.flops(), "floor Cal-QL + RND")
 
 
 def rlpd_rows(s, add, args, rlpd, both):
@@ -323,19 +360,20 @@ def report(rows):
 def main(args):
     if args.out and not Path(args.out).parent.is_dir():
         iql_ooo.fail(f"--out {args.out}: there is no such folder")
-    script = iql_ooo if args.env_id in iql_ooo.TASKS else rlpd_ooo
+    calql = args.algorithm == "calql"
+    script = calql_ooo if calql else iql_ooo if args.env_id in iql_ooo.TASKS else rlpd_ooo
     settings = script.parse_args(["--env-id", args.env_id, "--device", args.device])
     script.check_args(replace(settings, cudagraphs=args.cudagraphs))
-    if script is rlpd_ooo and args.d3rlpy_python:
-        script.fail("--d3rlpy-python is for IQL; leave it out for this task")
+    if script is not iql_ooo and args.d3rlpy_python:
+        script.fail("--d3rlpy-python is for IQL; leave it out here")
     device, scripts_choice = iql_ooo.setup_torch(replace(settings, torch_threads=args.threads))
-    s = make_session(settings, device)
+    s = make_session(settings, device, ("mc_returns", "intrinsic_returns") if calql else ())
     if script is rlpd_ooo:
         small, largest = (Products.sac(s, settings.num_qs, settings.utd_ratio, settings.batch_size, rnd)
                           for rnd in (False, True))
         probe = Products.sac(s, settings.num_qs, 1, settings.batch_size, rnd=True)  # the same kernels, 20 times faster
     else:
-        small, largest = Products.iql(s, rnd=False), Products.iql(s, rnd=True)
+        small, largest = ((Products.calql if calql else Products.iql)(s, rnd) for rnd in (False, True))
         probe = largest
     precision, precisions = choose_precision(probe, device, args.cpu_time, min(args.seconds, 3.0))
 
@@ -343,7 +381,7 @@ def main(args):
         rows.append(Row(name, timed(step, device, precision, args.cpu_time), flops, floor))
 
     rows = []
-    (rlpd_rows if script is rlpd_ooo else iql_rows)(s, add, args, small, largest)
+    {rlpd_ooo: rlpd_rows, calql_ooo: calql_rows, iql_ooo: iql_rows}[script](s, add, args, small, largest)
     add("environment step, stored", player(s, lambda obs: s.env.action_space.sample()), 0)
     for name in (name for name in precisions if name != precision):  # for information
         inexact = "not float32, " if precisions[name]["relative_error"] >= EXACT else ""
