@@ -13,6 +13,7 @@
 #     "imageio==2.38.1",
 #     "imageio-ffmpeg==0.8.1",
 #     "wandb==0.31.0",
+#     "matplotlib==3.11.2",
 # ]
 # ///
 """PEX (Policy Expansion): a frozen policy from offline IQL, joined online by a second one that is learnt from scratch.

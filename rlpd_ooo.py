@@ -13,6 +13,7 @@
 #     "imageio==2.38.1",
 #     "imageio-ffmpeg==0.8.1",
 #     "wandb==0.31.0",
+#     "matplotlib==3.11.2",
 # ]
 # ///
 r"""OOO (RLPD): explore online with RLPD + RND, then retrain a SAC agent offline on the buffer, task reward only.

@@ -13,6 +13,7 @@
 #     "imageio==2.38.1",
 #     "imageio-ffmpeg==0.8.1",
 #     "wandb==0.31.0",
+#     "matplotlib==3.11.2",
 # ]
 # ///
 """TD3 + RND: Fujimoto's TD3 with RND's exploration bonus, from scratch on a buffer that starts with the offline data.

@@ -19,6 +19,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # Which scripts hold which block. A new script adds its name here, in every block that it holds.
+EVERY = {"iql_ooo.py", "td3_rnd.py", "pex.py", "rlpd_ooo.py", "calql_ooo.py", "pointmass_didactic.py"}
 BLOCKS = {
     "experiment arguments": {"iql_ooo.py", "td3_rnd.py", "pex.py", "rlpd_ooo.py", "calql_ooo.py"},
     "data arguments": {"iql_ooo.py", "td3_rnd.py", "pex.py", "rlpd_ooo.py", "calql_ooo.py"},
@@ -29,11 +30,11 @@ BLOCKS = {
     "logging arguments": {"iql_ooo.py", "td3_rnd.py", "pex.py", "rlpd_ooo.py", "calql_ooo.py"},
     "baseline tasks": {"td3_rnd.py", "pex.py"},
     "command line": {"iql_ooo.py", "td3_rnd.py", "pex.py", "rlpd_ooo.py", "calql_ooo.py"},
-    "run directory and metrics": {"iql_ooo.py", "td3_rnd.py", "pex.py", "rlpd_ooo.py", "calql_ooo.py"},
+    "run directory and metrics": EVERY,
     "environments": {"iql_ooo.py", "td3_rnd.py", "pex.py", "rlpd_ooo.py", "calql_ooo.py"},
     "dataset": {"iql_ooo.py", "td3_rnd.py", "pex.py", "rlpd_ooo.py", "calql_ooo.py"},
     "replay buffer": {"iql_ooo.py", "td3_rnd.py", "pex.py", "rlpd_ooo.py", "calql_ooo.py"},
-    "optimizer": {"iql_ooo.py", "td3_rnd.py", "pex.py", "rlpd_ooo.py", "calql_ooo.py"},
+    "optimizer": {"iql_ooo.py", "td3_rnd.py", "pex.py", "rlpd_ooo.py", "calql_ooo.py", "pointmass_didactic.py"},
     "networks": {"iql_ooo.py", "td3_rnd.py", "pex.py", "rlpd_ooo.py", "calql_ooo.py"},
     "iql agent": {"iql_ooo.py", "td3_rnd.py", "pex.py"},
     "rnd": {"iql_ooo.py", "td3_rnd.py", "rlpd_ooo.py", "calql_ooo.py"},
@@ -42,7 +43,7 @@ BLOCKS = {
     "gradient step": {"iql_ooo.py", "td3_rnd.py", "pex.py"},
     "compiled updates": {"iql_ooo.py", "td3_rnd.py", "pex.py", "rlpd_ooo.py", "calql_ooo.py"},
     "evaluation": {"iql_ooo.py", "td3_rnd.py", "pex.py", "rlpd_ooo.py", "calql_ooo.py"},
-    "checkpoints": {"iql_ooo.py", "td3_rnd.py", "pex.py", "rlpd_ooo.py", "calql_ooo.py"},
+    "checkpoints": {"iql_ooo.py", "td3_rnd.py", "pex.py", "rlpd_ooo.py", "calql_ooo.py", "pointmass_didactic.py"},
     "session": {"iql_ooo.py", "td3_rnd.py", "pex.py", "rlpd_ooo.py", "calql_ooo.py"},
     "pretraining": {"iql_ooo.py", "pex.py", "calql_ooo.py"},
     "online phase": {"iql_ooo.py", "rlpd_ooo.py", "calql_ooo.py"},
