@@ -1,6 +1,6 @@
 """Speed of a script at a task's real sizes, beside the bare matrix products of one update and beside d3rlpy's IQL.
 
-    python benchmarks/throughput.py --d3rlpy-python benchmarks/.venv/bin/python --out results/throughput.json  # README
+    python benchmarks/throughput.py --compile --d3rlpy-python benchmarks/.venv/bin/python --out results/throughput.json
     python benchmarks/throughput.py --device cuda --compile --cudagraphs
     python benchmarks/throughput.py --env-id halfcheetah-sparse-v2 --out results/throughput_rlpd.json      # rlpd_ooo.py
     python benchmarks/throughput.py --algorithm calql --env-id pen-binary-v0 --out results/throughput_calql.json
