@@ -81,6 +81,7 @@ SCRIPT = "iql_ooo"  # written into every file of a run, also by a renamed copy
 
 @dataclass
 class Args:
+# === shared block: run and data arguments ===
     # --- experiment ---
     env_id: str = "hammer-truncated-expert-v1"
     """Task of the paper: one of the nine with offline data."""
@@ -104,10 +105,8 @@ class Args:
     """Replay the updates as CUDA graphs (cuda only)."""
     resume: bool = False
     """Continue the run of the same name from its last checkpoint."""
-    exploit_only: str = ""
-    """RUN_DIR of a finished run: repeat its retraining phase on its data, with other settings, as a new run."""
     eval_only: str = ""
-    """RUN_DIR of a run: evaluate its last exploitation policy, train nothing."""
+    """RUN_DIR of a run: evaluate its last saved policy (OOO: of exploitation), train nothing."""
     video: bool = False
     """With --eval-only: also record the first episodes as mp4 (MUJOCO_GL=osmesa or egl where there is no display)."""
     # --- task and data ---
@@ -129,15 +128,11 @@ class Args:
     """See reward_scale."""
     mask_reward: float | None = None
     """If set, masks are 0 exactly where the raw reward equals this (kitchen: 4), else from terminations."""
-    # --- phases ---
-    offline_steps: int = 500_000
-    """Pretraining: gradient steps on D_off."""
+# === end shared block: run and data arguments ===
+# === shared block: online arguments ===
+    # --- online phase ---
     online_steps: int = 500_000
     """Online phase: environment steps, one gradient step each."""
-    retrain_at: tuple[int, ...] = (250_000, 500_000)
-    """Environment steps t for which an exploitation policy is trained on D_off + D_on[:t]; empty for none."""
-    retrain_steps: int = 2_000_000
-    """Gradient steps of one retraining."""
     eval_every: int = 50_000
     """Steps of the phase under way between evaluations."""
     eval_episodes: Annotated[int, tyro.conf.arg(aliases=["--episodes"])] = 100
@@ -153,7 +148,11 @@ class Args:
     """Polyak rate of the target critic, per gradient step."""
     hidden_dims: tuple[int, ...] = (256, 256)
     """Hidden layers of actor, critic and value."""
-    # --- IQL, exploration (and exploitation where its own value is unset) ---
+# === end shared block: online arguments ===
+# === shared block: iql arguments ===
+    # --- pretraining and IQL (OOO: exploration, and exploitation where its own value is unset) ---
+    offline_steps: int = 500_000
+    """Pretraining: gradient steps on D_off."""
     expectile: float = 0.7
     """IQL's tau in (0.5, 1): closer to 1 means closer to a max over actions."""
     temperature: float = 3.0
@@ -163,8 +162,15 @@ class Args:
     log_std_min: float = -5.0
     """Lower clip of the policy's log standard deviation (upper: 2)."""
     q_reward_bounds: tuple[float, float] | None = None
-    """Exploration's Q targets are clipped to these rewards / (1 - gamma); None: not clipped."""
+    """Q targets are clipped to these rewards / (1 - gamma); None: not clipped. OOO: in exploration only."""
+# === end shared block: iql arguments ===
     # --- exploitation (offline retraining) ---
+    exploit_only: str = ""
+    """RUN_DIR of a finished run: repeat its retraining phase on its data, with other settings, as a new run."""
+    retrain_at: tuple[int, ...] = (250_000, 500_000)
+    """Environment steps t for which an exploitation policy is trained on D_off + D_on[:t]; empty for none."""
+    retrain_steps: int = 2_000_000
+    """Gradient steps of one retraining."""
     retrain_algorithm: Literal["iql", "td3"] = "iql"
     """td3: the authors' simplified TD3 (Fig. 5), whose Q values explode offline."""
     retrain_expectile: float | None = None
@@ -187,9 +193,10 @@ class Args:
     """Start from the previous retraining's networks instead of from scratch (Fig. 13)."""
     sync: bool = False
     """After each retraining the exploration agent continues as the exploitation agent (Fig. 14)."""
+# === shared block: rnd arguments ===
     # --- RND ---
     intrinsic_reward_scale: float = 0.5
-    """Coefficient of the intrinsic reward; 0 is plain IQL, without RND."""
+    """Coefficient of the intrinsic reward; 0: no RND."""
     rnd_reward: Literal["max", "l2"] = "max"
     """max over features of the squared error (code), or their sum (paper)."""
     rnd_hidden_dims: tuple[int, ...] = (512, 512)
@@ -198,6 +205,8 @@ class Args:
     """Adam's rate for the predictor."""
     rnd_update_proportion: float = 0.25
     """Share of each batch that trains the predictor."""
+# === end shared block: rnd arguments ===
+# === shared block: logging arguments ===
     # --- logging and checkpoints ---
     log_every: int = 1_000
     """Steps between records of losses and of the intrinsic reward."""
@@ -209,6 +218,7 @@ class Args:
     """wandb project."""
     wandb_mode: Literal["online", "offline", "disabled"] = "online"
     """wandb mode."""
+# === end shared block: logging arguments ===
 
 
 BUDGETS = ("offline_steps", "online_steps", "retrain_at", "retrain_steps", "eval_every", "log_every",
@@ -253,11 +263,7 @@ def parse_args(argv=None):
 
 def check_args(args):
     """Exit 2 with one line for values that cannot work together."""
-    bad_t = [t for t in args.retrain_at if not 0 < t <= args.online_steps]
-    if bad_t:
-        fail(f"--retrain-at {bad_t[0]} lies outside the online budget of {args.online_steps} steps (--online-steps)")
-    if list(args.retrain_at) != sorted(set(args.retrain_at)):
-        fail(f"--retrain-at must rise: {' '.join(map(str, args.retrain_at))}")
+    check_times(args, "retrain_at")
     if args.retrain_upsample > args.batch_size:
         fail(f"--retrain-upsample {args.retrain_upsample} is more than --batch-size {args.batch_size}")
     if args.retrain_frozen_rnd and not args.intrinsic_reward_scale:
@@ -295,6 +301,16 @@ def parse_command_line(args_class, tasks, budgets, script, description, argv=Non
         return max(1, round(value * args.scale)) if value > 0 else value
 
     return replace(args, **{name: scaled(getattr(args, name)) for name in budgets}, scale=1.0)
+
+
+def check_times(args, name):
+    """Exit 2 with one line unless the field's environment steps rise and lie inside the online budget."""
+    times, flag = getattr(args, name), f"--{name.replace('_', '-')}"
+    bad_t = [t for t in times if not 0 < t <= args.online_steps]
+    if bad_t:
+        fail(f"{flag} {bad_t[0]} lies outside the online budget of {args.online_steps} steps (--online-steps)")
+    if list(times) != sorted(set(times)):
+        fail(f"{flag} must rise: {' '.join(map(str, times))}")
 
 
 def check_limits(args, lowest):
@@ -960,7 +976,7 @@ class Critic(nn.Module):
 # === end shared block: networks ===
 
 
-# === networks ===
+# === shared block: iql agent ===
 class Actor(nn.Module):
     """Diagonal Gaussian with a state-independent log_std. IQL: mean = tanh(net), not squashed, actions clipped.
     squash (TD3): action = tanh(net + std * noise)."""
@@ -1025,6 +1041,9 @@ class Agent(nn.Module):
         self.load_state_dict(state["networks"])
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
+
+
+# === end shared block: iql agent ===
 
 
 # === shared block: rnd ===
@@ -1108,13 +1127,19 @@ class RND(nn.Module):
         self.optimizer.load_state_dict(state["optimizer"])
 
 
+def make_rnd(args, obs_dim, device):
+    networks = (mlp((obs_dim, *args.rnd_hidden_dims)) for _ in range(2))
+    return RND(*networks, obs_dim, args.rnd_learning_rate, device, update_proportion=args.rnd_update_proportion,
+               reward=args.rnd_reward)
+
+
 # === end shared block: rnd ===
 
 
-# === losses and updates ===
+# === shared block: iql update ===
 @dataclass(frozen=True)
 class Settings:
-    """What an update needs beside the agent and the batch; exploration and exploitation have one each."""
+    """What an update needs beside the agent and the batch; OOO's exploration and exploitation have one each."""
 
     gamma: float = 0.99
     tau: float = 0.005
@@ -1164,6 +1189,10 @@ def iql_update(agent, batch, settings, intrinsic_rewards=None):
             "losses/advantage_mean": advantage.mean()}
 
 
+# === end shared block: iql update ===
+
+
+# === shared block: simplified td3 ===
 def td3_update(agent, batch, settings, intrinsic_rewards=None, noise=None):
     """The authors' simplified TD3 (Fig. 5): no target actor, no delay, no noise clip, no bounds. The policy's critic
     is the one before this step's update. noise: standard normal (2, batch, act_dim) for next and policy action."""
@@ -1186,6 +1215,10 @@ def td3_update(agent, batch, settings, intrinsic_rewards=None, noise=None):
             "losses/q_mean": q.detach().mean()}
 
 
+# === end shared block: simplified td3 ===
+
+
+# === shared block: gradient step ===
 def task_batch(batch, args):
     """Rewards and masks of sampled raw rows as the learner sees them."""
     raw = batch["rewards"]
@@ -1193,18 +1226,18 @@ def task_batch(batch, args):
     return {**batch, "rewards": (raw + args.reward_bias) * args.reward_scale, "masks": masks}
 
 
-def make_update(args, buffer, agent, settings, rnd=None, frozen_rnd=False):
-    """update(rows) -> losses: one gradient step of the agent on raw buffer rows (batch, width), with RND's."""
-    learn = td3_update if agent.actor.squash else iql_update
+def make_gradient_step(args, buffer, learn, rnd=None, frozen_rnd=False):
+    """update(rows) -> losses: one gradient step on raw buffer rows (batch, width), with RND's. learn(batch,
+    intrinsic_rewards or None) -> losses."""
 
     def update(rows):
         batch = task_batch(buffer.split(rows), args)
         if rnd is None:
-            return learn(agent, batch, settings)
+            return learn(batch, None)
         if frozen_rnd:
-            return learn(agent, batch, settings, rnd.intrinsic_rewards(batch["next_observations"]))
+            return learn(batch, rnd.intrinsic_rewards(batch["next_observations"]))
         bonus, rnd_loss = rnd.update(batch["observations"], batch["next_observations"])
-        losses = learn(agent, batch, settings, bonus)
+        losses = learn(batch, bonus)
         return {**losses, "losses/rnd": rnd_loss, "rnd/batch_intrinsic_reward": bonus.mean()}
 
     if args.compile:
@@ -1239,6 +1272,16 @@ class CudaGraph:
         self.rows.copy_(rows)
         self.graph.replay()
         return self.losses
+
+
+# === end shared block: gradient step ===
+
+
+# === updates ===
+def make_update(args, buffer, agent, settings, rnd=None, frozen_rnd=False):
+    """update(rows) -> losses: one gradient step of the agent on raw buffer rows (batch, width), with RND's."""
+    learn = td3_update if agent.actor.squash else iql_update
+    return make_gradient_step(args, buffer, lambda batch, bonus: learn(agent, batch, settings, bonus), rnd, frozen_rnd)
 
 
 # === shared block: evaluation ===
@@ -1353,7 +1396,7 @@ def new_session(args, script, source=None):
     progress = dict(phase="pretrain", grad_step=0, env_step=0, episode=0, saved_steps=0)
     return SimpleNamespace(args=args, script=script, path=path, config=config, source=source, saved=saved,
                            device=device, precision=precision, progress=progress, losses=LossHistory(), learners={},
-                           retraining=None, bar=None, run=None)
+                           learning_starts=0, retraining=None, bar=None, run=None)
 
 
 def load_offline(s, online_rows):
@@ -1373,6 +1416,7 @@ def load_offline(s, online_rows):
     s.buffer = ReplayBuffer(shapes, len(data["rewards"]) + online_rows, s.device)
     s.buffer.extend(data)
     s.offline_size, s.offline_episodes = s.buffer.size, int(data["episodes"].max()) + 1
+    s.sample = lambda: s.buffer.sample(args.batch_size)  # the batch of an online step, from all data
 
 
 def start_run(s):
@@ -1452,8 +1496,9 @@ def log_evaluation(s, phase, env_step, step, agent):
 
 
 def play_episode(s):
-    """One training episode of s.explorer (cut short at the end of the budget): act, store, s.explore_update. Yields
-    the environment step after each; in the end the episode is counted and logged."""
+    """One training episode of s.explorer (cut short at the end of the budget): act, store, and after the first
+    s.learning_starts steps s.explore_update. Yields the environment step after each; in the end the episode is counted
+    and logged."""
     args, p = s.args, s.progress
     obs, _ = s.env.reset(seed=derive_seed(args.seed, "training episode", p["episode"]))
     episode, done = {"return": 0.0, "length": 0, "success": False}, False
@@ -1467,8 +1512,9 @@ def play_episode(s):
         episode["length"] += 1
         episode["success"] = episode["success"] or info["success"]
         p["env_step"] += 1
-        s.losses.add(s.explore_update(s.buffer.sample(args.batch_size)))
-        p["grad_step"] += 1
+        if p["env_step"] > s.learning_starts:
+            s.losses.add(s.explore_update(s.sample()))
+            p["grad_step"] += 1
         s.bar.update()
         yield p["env_step"]
     p["episode"] += 1
@@ -1574,6 +1620,9 @@ def pretrain(s):
                 log_losses(s, "pretrain", 0, p["grad_step"], s.losses)
             if p["grad_step"] % args.eval_every == 0 or p["grad_step"] == args.offline_steps:
                 log_evaluation(s, "pretrain", 0, p["grad_step"], s.explorer)
+            if p["grad_step"] == args.offline_steps:  # before the checkpoint that ends the phase
+                save_torch(s.path / "pretrained.pt", {"script": s.script, "env_id": args.env_id,
+                                                      "explorer": s.explorer.full_state()})
             if p["grad_step"] % args.checkpoint_every == 0 or p["grad_step"] == args.offline_steps:
                 p["phase"] = "online" if p["grad_step"] == args.offline_steps else "pretrain"
                 save_checkpoint(s)
@@ -1723,12 +1772,6 @@ def retrain(s, t, outer_rng):
 
 def first(value, default):
     return default if value is None else value
-
-
-def make_rnd(args, obs_dim, device):
-    networks = (mlp((obs_dim, *args.rnd_hidden_dims)) for _ in range(2))
-    return RND(*networks, obs_dim, args.rnd_learning_rate, device, update_proportion=args.rnd_update_proportion,
-               reward=args.rnd_reward)
 
 
 def save_policy(s, agent, path):
