@@ -1,6 +1,7 @@
 """The updates against inputs and outputs of the authors' own learners (tests/README.md says where they come from)."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +9,8 @@ import torch
 from conftest import ROOT
 
 import iql_ooo as ooo
+import pex
+import td3_rnd
 
 GOLDEN = ROOT / "tests" / "golden"
 PARAMETERS, GRADIENTS, INFOS, RND_STATE = 1e-5, 1e-4, 1e-4, 1e-5  # tolerances of the vectors' README
@@ -73,8 +76,9 @@ def check_step(data, named, optimizers, step, skip=()):
     return compared
 
 
-def make(data, hyper, squash=False):
-    agent = ooo.Agent(hyper["obs_dim"], hyper["act_dim"], hyper["hidden_dims"], hyper["actor_lr"], "cpu", squash=squash)
+def make(data, hyper, squash=False, script=ooo):
+    agent = script.Agent(hyper["obs_dim"], hyper["act_dim"], hyper["hidden_dims"], hyper["actor_lr"], "cpu",
+                         squash=squash)
     bounds = {}
     if hyper.get("minimum_q") is not None:
         bounds = dict(q_min=hyper["minimum_q"], q_max=hyper["maximum_q"])
@@ -145,19 +149,56 @@ def test_rnd_alone():
     close(frozen, data["frozen_reward_batch0"], INFOS, "frozen reward")
 
 
+@pytest.mark.parametrize("script", [ooo, td3_rnd], ids=["iql_ooo", "td3_rnd"])
 @pytest.mark.parametrize("name", ["td3_plain", "td3_qbounds_intrinsic"])
-def test_td3(name):
+def test_td3(name, script):
     """The value network, which the authors' code trains on the side, has no influence and is not compared."""
     data, hyper = read(name)
-    agent, settings, _ = make(data, hyper, squash=True)
+    agent, settings, _ = make(data, hyper, squash=True, script=script)
+    if script is td3_rnd:
+        settings = td3_rnd.Settings(hyper["discount"], hyper["tau"], hyper["intrinsic_reward_scale"])
     named = parameters(agent)
     load(data, named)
     for step in range(hyper["steps"]):
         batch = tensors(data, "batch/", step)
         noise = torch.from_numpy(data["noise/action_eps"][step]).expand(2, -1, -1)
-        losses = ooo.td3_update(agent, batch, settings, batch.pop("intrinsic_rewards", None), noise)
+        losses = script.td3_update(agent, batch, settings, batch.pop("intrinsic_rewards", None), noise)
         for ours, theirs in {"losses/critic": "critic_loss", "losses/actor": "actor_loss"}.items():
             close(losses[ours], data[f"info/{theirs}"][step], INFOS, f"step {step} {theirs}")
         if f"step{step + 1}/critic.0.weight" in data:
             check_step(data, named, agent.optimizers.values(), step + 1, skip=("value",))
     assert f"step{hyper['steps']}/critic.0.weight" in data
+
+
+def test_pex():
+    """Composition and five online updates of the expanded policy."""
+    data, hyper = read("pex")
+    agent = pex.PEXAgent(hyper["obs_dim"], hyper["act_dim"], hyper["hidden_dims"], hyper["lr"], torch.device("cpu"),
+                         inv_temperature=hyper["inv_temperature"])
+    named = parameters(agent)
+    frozen = {name.replace("actor", "actor_offline"): pair for name, pair in
+              parameters(SimpleNamespace(**{**vars(agent), **agent._modules, "actor": agent.offline_actor})).items()
+              if name.startswith("actor")}
+    load(data, named | frozen)
+
+    batch = tensors(data, "batch/", 0)
+    eps, u = (torch.from_numpy(data[f"select/{name}"]) for name in ("eps", "u"))
+    actions, q = agent.propose(batch["observations"], eps)
+    for number, name in enumerate(("a_offline", "a_learning")):
+        close(actions[number], data[f"select/{name}"], INFOS, name)
+    close(agent.probabilities(q).T, data["select/probs"], INFOS, "probabilities")
+    composed, from_learnt = agent.compose(batch["observations"], eps, u)
+    assert (from_learnt.numpy() == data["select/choice"].astype(bool)).all()
+    close(composed, data["select/action"], INFOS, "composed action")
+
+    settings = pex.Settings(hyper["discount"], hyper["target_update_rate"], hyper["expectile"], hyper["beta"])
+    for step in range(hyper["steps"]):
+        batch = tensors(data, "batch/", step)
+        batch["masks"] = 1.0 - batch.pop("terminals").float()
+        noise, uniform = (torch.from_numpy(data[f"noise/{name}"][step]) for name in ("eps", "u"))
+        losses = pex.pex_update(agent, batch, settings, noise, uniform)
+        close(losses["pex/learnt_share"], data["noise/choice"][step].mean(), INFOS, "choice")
+        if f"step{step + 1}/critic.0.weight" in data:
+            assert check_step(data, named, agent.optimizers.values(), step + 1) == len(named)
+    for name, (parameter, _) in frozen.items():
+        np.testing.assert_array_equal(parameter.detach().numpy(), data[f"step0/{name}"])
