@@ -209,7 +209,7 @@ BASELINE_TASKS = {
     "hammer-truncated-expert-v1": dict(truncate_episodes=20),
 }
 # === end shared block: baseline tasks ===
-WIDE_BONUS = ("kitchen", "antmaze", "maze2d")  # coefficient 10; on manipulation by hand 0.5 (appendix B)
+WIDE_BONUS = ("kitchen", "antmaze", "maze2d")  # coefficient 10, that of IQL + RND; Adroit and hammer: 0.5
 TASKS = {env_id: dict(row, intrinsic_reward_scale=10.0) if env_id.startswith(WIDE_BONUS) else row
          for env_id, row in BASELINE_TASKS.items()}
 
@@ -941,7 +941,7 @@ class TD3Agent(nn.Module):
             target.load_state_dict(network.state_dict())
             target.requires_grad_(False)
         self.exploration_noise, self.device, self.act_dim = exploration_noise, device, act_dim
-        self.register_buffer("actor_loss", torch.zeros(()))  # of the latest policy step
+        self.register_buffer("actor_loss", torch.zeros(1))  # of the latest policy step
         self.to(device)
         self.optimizers = {"critic": Adam(self.critic.parameters(), learning_rate),
                            "actor": Adam(self.actor.parameters(), learning_rate)}
@@ -1167,7 +1167,7 @@ def fujimoto_update(agent, batch, settings, intrinsic_rewards=None, update_polic
         agent.optimizers["actor"].minimize(actor_loss)
         agent.actor_loss.copy_(actor_loss.detach())
         agent.update_targets(settings.tau)
-    return {"losses/critic": critic_loss.detach(), "losses/actor": agent.actor_loss.clone(),
+    return {"losses/critic": critic_loss.detach(), "losses/actor": agent.actor_loss[0].clone(),
             "losses/q_mean": q.detach().mean()}
 
 

@@ -134,3 +134,25 @@ def check_refused(script, words, named, capsys, folder):
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
     assert named in err and sorted(folder.rglob("*")) == before
+
+
+def check_compiled(script, build, **options):
+    """Four eager and four compiled updates end in equal parameters. build(args, buffer, device) -> (update, counters,
+    {name: module})."""
+    states = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        torch.set_float32_matmul_precision("highest")
+        args, device = script.Args(batch_size=32, compile=compiled, **options), torch.device("cpu")
+        shapes = dict(observations=(4,), actions=(2,), rewards=(), next_observations=(4,), terminations=(), episodes=())
+        buffer = script.ReplayBuffer(shapes, 200, device)
+        buffer.data.copy_(torch.randn(200, buffer.data.shape[1]).clamp(-0.9, 0.9))
+        update, counters, modules = build(args, buffer, device)
+        torch.manual_seed(1)
+        for number in range(4):
+            update(buffer.data[number * 32 : number * 32 + 32])
+            counters["grad_step"] += 1
+        states.append({f"{name}.{key}": value for name, module in modules.items()
+                       for key, value in module.state_dict().items()})
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=1e-4, atol=3e-5, msg=name)

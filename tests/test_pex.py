@@ -7,12 +7,14 @@ own code: test_golden.py.
 import copy
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from baseline import (
     Session,
+    check_compiled,
     check_determinism_and_resume,
     check_refused,
     check_scores,
@@ -326,3 +328,15 @@ def test_offline_settings_are_iql_oos(env_id):
     differ = {name for name in mine.keys() & theirs.keys() if mine[name] != theirs[name]} - {"exp_name"}
     assert differ == ({"online_steps"} if env_id.startswith("antmaze") else set())
     assert mine["save_at"] == theirs["retrain_at"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="no C++ compiler")
+def test_compiled_update_equals_eager():
+    def build(args, buffer, device):
+        offline = pex.Agent(4, 2, (16, 16), 1e-2, device)
+        agent = pex.PEXAgent(4, 2, (16, 16), 1e-2, device, offline=offline)
+        update = pex.make_gradient_step(args, buffer, lambda batch, _: pex.pex_update(agent, batch, pex.Settings()))
+        return update, {"grad_step": 0}, {"agent": agent}
+
+    check_compiled(pex, build)

@@ -5,12 +5,15 @@ What td3_rnd.py shares with iql_ooo.py, byte for byte (test_shared_blocks.py), i
 
 import copy
 import math
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from baseline import (
     Session,
+    check_compiled,
     check_determinism_and_resume,
     check_refused,
     check_scores,
@@ -183,3 +186,15 @@ def test_task_rows():
         assert (args.intrinsic_reward_scale, args.reward_bias, args.mask_reward, args.online_steps) == row
     assert (args.policy_noise, args.noise_clip, args.policy_delay, args.exploration_noise) == (0.2, 0.5, 2, 0.1)
     assert len(td3_rnd.TASKS) == 9 and args.truncate_episodes == 20
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="no C++ compiler")
+def test_compiled_update_equals_eager():
+    """Both graphs of the delayed update, with RND's, over the same rows and random numbers."""
+    def build(args, buffer, device):
+        agent, rnd = td3_rnd.TD3Agent(4, 2, (16, 16), 1e-2, device), td3_rnd.make_rnd(args, 4, device)
+        s = SimpleNamespace(args=args, buffer=buffer, explorer=agent, rnd=rnd, progress={"grad_step": 0})
+        return td3_rnd.make_update(s), s.progress, {"agent": agent, "rnd": rnd}
+
+    check_compiled(td3_rnd, build, rnd_hidden_dims=(24, 16))
