@@ -32,9 +32,8 @@ from softmax(inv_temperature * min Q). pi_theta is regressed, as IQL's policy, o
 would play in the states of the batch.
 
 Choices where paper and code differ or are silent:
- 1. The paper of OOO gives no hyper-parameters for its PEX: expectile, temperature, pretraining steps, reward shift and
-    bounds are those of its IQL, per task; inverse temperature 10, 5,000 steps before the first update and batches half
-    offline, half online are PEX's own. There is no RND.
+ 1. Expectile, temperature, pretraining steps and reward shift are those of iql_ooo.py's exploration, per task; inverse
+    temperature 10, 5,000 steps before the first update and batches half offline, half online are PEX's own. No RND.
  2. Order of an update as in PEX's code (golden vectors): the Q target uses V before its step (IQL here: after), the
     policy step the critic, target and V after theirs.
  3. Evaluation is epsilon-greedy over the two policies' means: with probability 0.1 either one, each equally likely,
@@ -1043,7 +1042,7 @@ class PEXAgent(nn.Module):
         return actions, torch.stack([self.critic(observations, a).amin(0) for a in actions])
 
     def probabilities(self, q):
-        """PEX eq. 6: the probability of playing each policy's action; q and result: (2, batch)."""
+        """Boltzmann over the two actions' Q: the probability of playing each; q and result: (2, batch)."""
         return (self.inv_temperature * q).softmax(0)
 
     @torch.no_grad()

@@ -34,7 +34,7 @@ Choices where paper and official code differ or are silent:
     step in two. --variant official is the code's: tanh-squashed Gaussian with a learnt log_std in [-5, 2] that explores
     by its own noise, no target actor, no delay, policy against the mean of both critics before their step.
  2. Networks, learning rate (3e-4) and batch (256) are those of IQL here; Fujimoto's critic loss is the sum over the two
-    critics, here it is their mean: twice the loss is the same step of Adam.
+    critics, here it is their mean, which Adam turns into the same step.
  3. No random steps at the start (Fujimoto: 25,000): the buffer holds the offline data, and the bonus explores.
  4. The bonus is added to the target, with IQL + RND's coefficients: 10 on kitchen and the mazes, 0.5 on Adroit.
     RND's own choices (largest squared error, layers) are those of iql_ooo.py.
