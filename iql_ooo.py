@@ -261,11 +261,6 @@ def parse_args(argv=None):
 
 def check_args(args):
     """Exit 2 with one line for values that cannot work together."""
-    bad_t = [t for t in args.retrain_at if not 0 < t <= args.online_steps]
-    if bad_t:
-        fail(f"--retrain-at {bad_t[0]} lies outside the online budget of {args.online_steps} steps (--online-steps)")
-    if list(args.retrain_at) != sorted(set(args.retrain_at)):
-        fail(f"--retrain-at must rise: {' '.join(map(str, args.retrain_at))}")
     if args.retrain_upsample > args.batch_size:
         fail(f"--retrain-upsample {args.retrain_upsample} is more than --batch-size {args.batch_size}")
     if args.retrain_frozen_rnd and not args.intrinsic_reward_scale:
@@ -306,7 +301,13 @@ def parse_command_line(args_class, tasks, budgets, script, description, argv=Non
 
 
 def check_limits(args, lowest):
-    """Exit 2 with one line for a value below its least: those that every script has, and lowest {field: least}."""
+    """Exit 2 with one line for a wrong retrain_at, or a value below its least: those that every script has, and
+    lowest {field: least}."""
+    bad_t = [t for t in args.retrain_at if not 0 < t <= args.online_steps]
+    if bad_t:
+        fail(f"--retrain-at {bad_t[0]} lies outside the online budget of {args.online_steps} steps (--online-steps)")
+    if list(args.retrain_at) != sorted(set(args.retrain_at)):
+        fail(f"--retrain-at must rise: {' '.join(map(str, args.retrain_at))}")
     if not 0 <= args.gamma < 1:
         fail(f"--gamma {args.gamma:g} must be at least 0 and below 1")
     if args.cudagraphs and torch.device(pick_device(args.device)).type != "cuda":
@@ -997,6 +998,22 @@ class Critic(nn.Module):
         return x.squeeze(-1)
 
 
+class Learner(nn.Module):
+    """An agent with critic, critic_target and optimizers {name: Adam}: the target's average, and all of its state."""
+
+    @torch.no_grad()
+    def update_target(self, tau):
+        torch._foreach_lerp_(list(self.critic_target.parameters()), list(self.critic.parameters()), tau)
+
+    def full_state(self):
+        return {"networks": self.state_dict(), "optimizers": {k: o.state_dict() for k, o in self.optimizers.items()}}
+
+    def load_full_state(self, state):
+        self.load_state_dict(state["networks"])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+
+
 # === end shared block: networks ===
 
 
@@ -1027,7 +1044,7 @@ class Actor(nn.Module):
         return (mean + spread).tanh() if self.squash else (mean.tanh() + spread).clamp(-1.0, 1.0)
 
 
-class Agent(nn.Module):
+class Agent(Learner):
     """The networks of one IQL (or TD3) agent and their optimisers."""
 
     def __init__(self, obs_dim, act_dim, hidden_dims, learning_rate, device, **actor_options):
@@ -1045,10 +1062,6 @@ class Agent(nn.Module):
         }
 
     @torch.no_grad()
-    def update_target(self, tau):
-        torch._foreach_lerp_(list(self.critic_target.parameters()), list(self.critic.parameters()), tau)
-
-    @torch.no_grad()
     def act(self, obs, sample):
         """One numpy observation to one numpy action in [-1, 1]; dropout is off."""
         self.actor.eval()
@@ -1058,13 +1071,6 @@ class Agent(nn.Module):
         self.actor.train()
         return action
 
-    def full_state(self):
-        return {"networks": self.state_dict(), "optimizers": {k: o.state_dict() for k, o in self.optimizers.items()}}
-
-    def load_full_state(self, state):
-        self.load_state_dict(state["networks"])
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
 
 
 # === shared block: rnd ===
@@ -1698,6 +1704,13 @@ def high_reward_rows(s, n):
     return rows
 
 
+def report(s):
+    """The table of both policies' scores at every retraining time and, after an online phase, at its end."""
+    end = () if s.args.exploit_only else (s.args.online_steps,)
+    columns = {name: s.progress[name] for name in ("exploration", "exploitation")}
+    return print_table(s, {*s.args.retrain_at, *end}, columns)
+
+
 def load_source(s):
     """--exploit-only: the online data and the exploration scores of the finished run."""
     source, p = Path(s.args.exploit_only), s.progress
@@ -1851,9 +1864,7 @@ def main(args):
             pretrain(s)
         if s.progress["phase"] == "online":
             online(s, retrain, save_policy)
-        end = () if args.exploit_only else (args.online_steps,)
-        columns = {name: s.progress[name] for name in ("exploration", "exploitation")}
-        return print_table(s, {*args.retrain_at, *end}, columns)
+        return report(s)
 
 
 if __name__ == "__main__":

@@ -241,11 +241,6 @@ def parse_args(argv=None):
 
 def check_args(args):
     """Exit 2 with one line for values that cannot work together."""
-    bad_t = [t for t in args.retrain_at if not 0 < t <= args.online_steps]
-    if bad_t:
-        fail(f"--retrain-at {bad_t[0]} lies outside the online budget of {args.online_steps} steps (--online-steps)")
-    if list(args.retrain_at) != sorted(set(args.retrain_at)):
-        fail(f"--retrain-at must rise: {' '.join(map(str, args.retrain_at))}")
     for name, low, high in (("offline_ratio", 0, 1), ("retrain_upsample", 0, 0.99)):
         if not low <= getattr(args, name) <= high:
             fail(f"--{name.replace('_', '-')} {getattr(args, name):g} must lie between {low} and {high}")
@@ -290,7 +285,13 @@ def parse_command_line(args_class, tasks, budgets, script, description, argv=Non
 
 
 def check_limits(args, lowest):
-    """Exit 2 with one line for a value below its least: those that every script has, and lowest {field: least}."""
+    """Exit 2 with one line for a wrong retrain_at, or a value below its least: those that every script has, and
+    lowest {field: least}."""
+    bad_t = [t for t in args.retrain_at if not 0 < t <= args.online_steps]
+    if bad_t:
+        fail(f"--retrain-at {bad_t[0]} lies outside the online budget of {args.online_steps} steps (--online-steps)")
+    if list(args.retrain_at) != sorted(set(args.retrain_at)):
+        fail(f"--retrain-at must rise: {' '.join(map(str, args.retrain_at))}")
     if not 0 <= args.gamma < 1:
         fail(f"--gamma {args.gamma:g} must be at least 0 and below 1")
     if args.cudagraphs and torch.device(pick_device(args.device)).type != "cuda":
@@ -981,6 +982,22 @@ class Critic(nn.Module):
         return x.squeeze(-1)
 
 
+class Learner(nn.Module):
+    """An agent with critic, critic_target and optimizers {name: Adam}: the target's average, and all of its state."""
+
+    @torch.no_grad()
+    def update_target(self, tau):
+        torch._foreach_lerp_(list(self.critic_target.parameters()), list(self.critic.parameters()), tau)
+
+    def full_state(self):
+        return {"networks": self.state_dict(), "optimizers": {k: o.state_dict() for k, o in self.optimizers.items()}}
+
+    def load_full_state(self, state):
+        self.load_state_dict(state["networks"])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+
+
 # === end shared block: networks ===
 
 
@@ -1006,7 +1023,7 @@ class Actor(nn.Module):
         return u.tanh(), -(0.5 * noise.square() + log_std + 0.5 * np.log(2 * np.pi) + log_slope).sum(-1)
 
 
-class Agent(nn.Module):
+class Agent(Learner):
     """The networks of one SAC agent and their optimisers. RLPD is SAC with num_qs critics and layer norm."""
 
     def __init__(self, obs_dim, act_dim, hidden_dims, learning_rate, device, *, num_qs, layer_norm, init_alpha=1.0):
@@ -1025,23 +1042,12 @@ class Agent(nn.Module):
         self.optimizers = {name: Adam(p, learning_rate) for name, p in parameters.items()}
 
     @torch.no_grad()
-    def update_target(self, tau):
-        torch._foreach_lerp_(list(self.critic_target.parameters()), list(self.critic.parameters()), tau)
-
-    @torch.no_grad()
     def act(self, obs, sample):
         """One numpy observation to one numpy action in [-1, 1]: a sample, or the tanh of the mean."""
         mean, log_std = self.actor(torch.from_numpy(obs).to(self.log_alpha.device)[None])
         u = mean + log_std.exp() * torch.randn_like(mean) if sample else mean
         return u.tanh()[0].cpu().numpy()
 
-    def full_state(self):
-        return {"networks": self.state_dict(), "optimizers": {k: o.state_dict() for k, o in self.optimizers.items()}}
-
-    def load_full_state(self, state):
-        self.load_state_dict(state["networks"])
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
 
 
 # === shared block: rnd ===
@@ -1150,26 +1156,39 @@ class Settings:
     q_max: float = float("inf")
 
 
+def next_actions_of(agent, batch, settings, noise):
+    """What the targets need of the actor at s': next actions (rows, act_dim), and the discounted entropy term of the
+    backup (rows,). noise: standard normal (rows, act_dim)."""
+    actions, log_prob = agent.actor.sample(batch["next_observations"], noise)
+    alpha = agent.log_alpha.exp() if settings.backup_entropy else 0.0
+    return actions, -settings.gamma * batch["masks"] * alpha * log_prob
+
+
+def td_target(agent, batch, settings, next_actions, entropy_term, members=None, intrinsic_rewards=None):
+    """Target (rows,) of the critics: r + gamma * smallest Q of the target critics `members` (all: None), clipped to the
+    bounds; entropy and bonus come after the clip (official code). masks is 0 only at true terminals."""
+    next_q = agent.critic_target(batch["next_observations"], next_actions, members).amin(0)
+    target = batch["rewards"] + settings.gamma * batch["masks"] * next_q
+    target = target.clamp(settings.q_min, settings.q_max) + entropy_term
+    return target if intrinsic_rewards is None else target + settings.intrinsic_reward_scale * intrinsic_rewards
+
+
 def critic_loss(agent, batch, target):
-    """Mean over ensemble and batch of (Q - target)^2, and the mean Q; target: (batch,)."""
+    """Mean over ensemble and batch of (Q - target)^2, and the mean Q."""
     q = agent.critic(batch["observations"], batch["actions"])
     return (q - target).square().mean(), q.detach().mean()
 
 
-def next_value(agent, batch, settings, noise):
-    """What the targets need of s' while actor and alpha stand still: next actions (batch, act_dim), and the discounted
-    entropy term of the backup (batch,), or 0. noise: standard normal (batch, act_dim)."""
-    actions, log_prob = agent.actor.sample(batch["next_observations"], noise)
-    if not settings.backup_entropy:
-        return actions, torch.zeros_like(log_prob)
-    return actions, -settings.gamma * batch["masks"] * agent.log_alpha.exp() * log_prob
-
-
 def actor_loss(agent, observations, noise):
-    """SAC's policy loss, alpha log pi - Q, Q averaged over the ensemble; and the policy's entropy (0-d)."""
+    """SAC's policy loss, alpha log pi - Q with the mean Q of the ensemble; and the policy's entropy (0-d)."""
     actions, log_prob = agent.actor.sample(observations, noise)
     q = agent.critic(observations, actions).mean(0)
     return (agent.log_alpha.exp().detach() * log_prob - q).mean(), -log_prob.detach().mean()
+
+
+def alpha_loss(agent, settings, entropy):
+    """Raises alpha where the entropy is below its target."""
+    return agent.log_alpha.exp() * (entropy - settings.target_entropy)
 
 
 def draw_noise(utd_ratio, batch_size, act_dim, num_qs, num_min_qs, device):
@@ -1188,18 +1207,16 @@ def sac_update(agent, batch, settings, utd_ratio=1, intrinsic_rewards=None, nois
     n, num_qs = rows // utd_ratio, len(agent.critic.weights[0])
     if noise is None:
         noise = draw_noise(utd_ratio, n, act_dim, num_qs, settings.num_min_qs, batch["actions"].device)
-    with torch.no_grad():  # one pass for all parts: the actor does not change in between
-        next_actions, entropy_term = next_value(agent, batch, settings, noise["next"])
-    # --- Critic: smallest of a random few target critics; bonus and entropy come after the clip ---
+    with torch.no_grad():  # one pass for all parts: actor and alpha do not change in between
+        next_actions, entropy_term = next_actions_of(agent, batch, settings, noise["next"])
+    # --- Critic: a part of the batch and a target network step for each ---
     for j in range(utd_ratio):
-        part = {name: value[j * n : (j + 1) * n] for name, value in batch.items()}
+        here = slice(j * n, (j + 1) * n)
+        part = {name: value[here] for name, value in batch.items()}
+        members = noise["members"][j] if settings.num_min_qs < num_qs else None
+        bonus = None if intrinsic_rewards is None else intrinsic_rewards[here]
         with torch.no_grad():
-            members = noise["members"][j] if settings.num_min_qs < num_qs else None
-            next_q = agent.critic_target(part["next_observations"], next_actions[j * n : (j + 1) * n], members).amin(0)
-            target = part["rewards"] + settings.gamma * part["masks"] * next_q
-            target = target.clamp(settings.q_min, settings.q_max) + entropy_term[j * n : (j + 1) * n]
-            if intrinsic_rewards is not None:
-                target = target + settings.intrinsic_reward_scale * intrinsic_rewards[j * n : (j + 1) * n]
+            target = td_target(agent, part, settings, next_actions[here], entropy_term[here], members, bonus)
         loss_q, q = critic_loss(agent, part, target)
         agent.optimizers["critic"].minimize(loss_q)
         agent.update_target(settings.tau)
@@ -1207,7 +1224,7 @@ def sac_update(agent, batch, settings, utd_ratio=1, intrinsic_rewards=None, nois
     loss_pi, entropy = actor_loss(agent, part["observations"], noise["actor"])
     agent.optimizers["actor"].minimize(loss_pi)
     # --- Alpha, with the entropy of the actor before its step ---
-    loss_alpha = agent.log_alpha.exp() * (entropy - settings.target_entropy)
+    loss_alpha = alpha_loss(agent, settings, entropy)
     agent.optimizers["alpha"].minimize(loss_alpha)
     return {"losses/critic": loss_q.detach(), "losses/actor": loss_pi.detach(), "losses/alpha": loss_alpha.detach(),
             "losses/q_mean": q, "losses/entropy": entropy, "losses/alpha_value": agent.log_alpha.detach().exp()}
@@ -1697,6 +1714,13 @@ def high_reward_rows(s, n):
     return rows
 
 
+def report(s):
+    """The table of both policies' scores at every retraining time and, after an online phase, at its end."""
+    end = () if s.args.exploit_only else (s.args.online_steps,)
+    columns = {name: s.progress[name] for name in ("exploration", "exploitation")}
+    return print_table(s, {*s.args.retrain_at, *end}, columns)
+
+
 def load_source(s):
     """--exploit-only: the online data and the exploration scores of the finished run."""
     source, p = Path(s.args.exploit_only), s.progress
@@ -1822,9 +1846,7 @@ def main(args):
             before_learning(s)
         if s.progress["phase"] == "online":
             online(s, retrain, save_policy)
-        end = () if args.exploit_only else (args.online_steps,)
-        columns = {name: s.progress[name] for name in ("exploration", "exploitation")}
-        return print_table(s, {*args.retrain_at, *end}, columns)
+        return report(s)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Speed of iql_ooo.py at a task's real sizes, beside the bare matrix products of one update and beside d3rlpy's IQL.
+"""Speed of a script at a task's real sizes, beside the bare matrix products of one update and beside d3rlpy's IQL.
 
     python benchmarks/throughput.py --d3rlpy-python benchmarks/.venv/bin/python --out results/throughput.json  # README
     python benchmarks/throughput.py --device cuda --compile --cudagraphs
+    python benchmarks/throughput.py --env-id halfcheetah-sparse-v2 --out results/throughput_rlpd.json      # rlpd_ooo.py
 
 All rows are measured in turns, a short chunk of each, round after round, so that a noisy machine disturbs all alike.
 "x floor" is a row's time divided by its floor's: the median over the rounds, and the best chunk by the best chunk.
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from shutil import which
 from statistics import median
@@ -24,6 +26,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import iql_ooo  # noqa: E402
+import rlpd_ooo  # noqa: E402
 
 CHUNK = 0.1  # seconds
 BUFFER_ROWS = 600_000  # as hammer at the end: 100k offline, 500k online
@@ -32,7 +35,7 @@ EXACT = 1e-6  # largest relative error of a product that still counts as float32
 
 @dataclass
 class Args:
-    env_id: str = "hammer-truncated-expert-v1"  # task that gives sizes, settings and environment
+    env_id: str = "hammer-truncated-expert-v1"  # gives sizes, settings and environment; a sparse task: of rlpd_ooo.py
     seconds: float = 20.0  # measuring time of each row
     threads: int = 1  # CPU threads of torch
     device: str = "auto"  # auto, cpu or cuda
@@ -57,21 +60,48 @@ class Row:
 class Products:
     """Matrix products as (out, a, b), with operands and outputs that exist once for each tensor of the update."""
 
-    def __init__(self, s, rnd):
+    def __init__(self, device):
+        self.list, self.device = [], device
+
+    @classmethod
+    def iql(cls, s, rnd):
         """The products of one IQL update of session s, and with rnd also those of RND."""
-        self.list, self.device, args, batch = [], s.device, s.args, s.args.batch_size
+        self, args, batch = cls(s.device), s.args, s.args.batch_size
         critic_dims, value_dims = (s.obs_dim + s.act_dim, *args.hidden_dims, 1), (s.obs_dim, *args.hidden_dims, 1)
-        rnd_dims, value = (s.obs_dim, *args.rnd_hidden_dims), self.weights(value_dims)
+        value = self.weights(value_dims)
         if rnd:
-            predictor = self.weights(rnd_dims)
-            self.passes(self.weights(rnd_dims), batch)  # target features of s'
-            self.passes(predictor, round(batch * args.rnd_update_proportion), backward=True)  # predictor step
-            self.passes(predictor, batch)  # the updated predictor of s', for the intrinsic reward
+            self.rnd(s, batch)
         self.passes(self.weights(critic_dims, members=2), batch)  # target critic: one pass for V and policy
         self.passes(value, batch, backward=True)  # V(s), its loss
         self.passes(value, 2 * batch)  # the new V of s' and s, for Q's target and the advantage
         self.passes(self.weights(critic_dims, members=2), batch, backward=True)  # Q(s, a), its loss
         self.passes(self.weights((s.obs_dim, *args.hidden_dims, s.act_dim)), batch, backward=True)  # policy, its loss
+        return self
+
+    @classmethod
+    def sac(cls, s, num_qs, utd_ratio, batch, rnd):
+        """The same for a SAC update of utd_ratio critic steps on `batch` rows each; targets take num_min_qs critics."""
+        self, args = cls(s.device), s.args
+        critic_dims = (s.obs_dim + s.act_dim, *args.hidden_dims, 1)
+        actor, critic = self.weights((s.obs_dim, *args.hidden_dims, 2 * s.act_dim)), self.weights(critic_dims, num_qs)
+        if rnd:
+            self.rnd(s, utd_ratio * batch)
+        self.passes(actor, utd_ratio * batch)  # next actions
+        step = cls(s.device)
+        step.passes(self.weights(critic_dims, args.num_min_qs), batch)  # target critics
+        step.passes(critic, batch, backward=True)  # Q(s, a), its loss
+        self.list += utd_ratio * step.list
+        self.passes(actor, batch, backward=True)
+        self.passes(critic, batch, inputs=True)  # Q of the policy's actions, and its gradient
+        return self
+
+    def rnd(self, s, batch):
+        """RND's update on `batch` rows."""
+        dims = (s.obs_dim, *s.args.rnd_hidden_dims)
+        predictor = self.weights(dims)
+        self.passes(self.weights(dims), batch)  # target features of s'
+        self.passes(predictor, round(batch * s.args.rnd_update_proportion), backward=True)  # predictor step
+        self.passes(predictor, batch)  # the predictor of s', for the intrinsic reward
 
     def weights(self, dims, members=0):
         """Weights of an MLP: transposed (out, in), as a Linear has them, or one (members, in, out) for an ensemble."""
@@ -79,8 +109,9 @@ class Products:
         weights = [torch.randn(shape, device=self.device) / max(shape[-2:]) ** 0.5 for shape in shapes]
         return weights if members else [weight.t() for weight in weights]
 
-    def passes(self, weights, rows, backward=False):
-        """One pass of `rows` inputs through an MLP; backward: also the gradients."""
+    def passes(self, weights, rows, backward=False, inputs=False):
+        """One pass of `rows` inputs through an MLP; backward: also the gradients of the weights, or with inputs those
+        of the inputs."""
         members = weights[0].shape[:-2]  # () or (members,)
         x = [torch.randn(*members, rows, w.shape[-2], device=self.device) for w in weights]  # inputs of the layers
         x.append(torch.randn(*members, rows, weights[-1].shape[-1], device=self.device))  # the output
@@ -89,7 +120,10 @@ class Products:
             x[0] = x[0][:1].expand(*members, -1, -1)  # every member sees the same input
         for i, weight in enumerate(weights):
             self.list.append((x[i + 1], x[i], weight))  # forward: layer i's output
-        for i in reversed(range(len(weights) if backward else 0)):
+        for i in reversed(range(len(weights) if backward or inputs else 0)):
+            if inputs:
+                self.list.append((g[i], g[i + 1], weights[i].mT))
+                continue
             if members:
                 self.list.append((torch.empty_like(weights[i]), x[i].mT, g[i + 1]))  # gradient of weight i
             else:
@@ -154,7 +188,7 @@ def choose_precision(products, device, cpu_time, seconds):
 # === the script's phases ===
 def make_session(settings, device):
     """What open_session of the script builds, with random numbers in the replay buffer instead of a dataset."""
-    env = iql_ooo.make_env(settings.env_id)
+    env = iql_ooo.make_env(settings.env_id)  # environments and buffer are shared by the scripts
     (obs_dim,), (act_dim,) = env.observation_space.shape, env.action_space.shape
     shapes = dict(observations=(obs_dim,), actions=(act_dim,), rewards=(), next_observations=(obs_dim,),
                   terminations=(), episodes=())
@@ -165,12 +199,12 @@ def make_session(settings, device):
     return SimpleNamespace(args=settings, device=device, env=env, obs_dim=obs_dim, act_dim=act_dim, buffer=buffer)
 
 
-def learner(s, update):
+def learner(s, update, sample=None):
     """One gradient step as the phases do it: sample, update, keep the losses, look at them every log_every steps."""
-    losses, batch = iql_ooo.LossHistory(), s.args.batch_size
+    losses, sample = iql_ooo.LossHistory(), sample or (lambda: s.buffer.sample(s.args.batch_size))
 
     def step():
-        losses.add(update(s.buffer.sample(batch)))
+        losses.add(update(sample()))
         if len(losses.rows) == s.args.log_every:
             losses.means(s.args.log_every)
 
@@ -202,6 +236,52 @@ def player(s, choose_action, learn=lambda: None):
         learn()
 
     return step
+
+
+def variants(s, args):
+    """(session, mark in the row's name): with eager updates, and with each of the options that wrap them."""
+    for variant in ["", *(name for name in ("compile", "cudagraphs") if getattr(args, name))]:
+        own = SimpleNamespace(**vars(s))
+        own.args = replace(s.args, **({variant: True} if variant else {}))
+        yield own, f" ({variant})" if variant else ""
+
+
+def iql_rows(s, add, args, iql, both):
+    add("floor IQL", iql, iql.flops())
+    add("floor IQL + RND", both, both.flops())
+    for own, mark in variants(s, args):
+        for dropout in sorted({0.0, iql_ooo.first(s.args.retrain_dropout, s.args.dropout)}):
+            step = learner(own, retrain_update(own, dropout))
+            add(f"retrain{mark}: IQL, dropout {dropout:g}", step, iql.flops(), "floor IQL")
+        iql_ooo.build_explorer(own)
+        step = learner(own, own.explore_update)
+        add(f"pretrain{mark}: IQL + RND", step, both.flops(), "floor IQL + RND")
+        step = player(own, lambda obs, agent=own.explorer: agent.act(obs, sample=True), step)
+        add(f"online{mark}: act, environment, IQL + RND", step, both.flops(), "floor IQL + RND")
+
+
+def rlpd_rows(s, add, args, rlpd, both):
+    """An update is utd_ratio minibatches; the retraining's has one, of batch_size and the upsampled rows."""
+    rows, a = round(s.args.batch_size / (1 - s.args.retrain_upsample)), s.args
+    sac = Products.sac(s, a.retrain_critics, 1, rows, rnd=False)
+    add("floor RLPD", rlpd, rlpd.flops())
+    add("floor RLPD + RND", both, both.flops())
+    add("floor SAC", sac, sac.flops())
+    for own, mark in variants(s, args):
+        for scale, floor, products in ((0.0, "floor RLPD", rlpd), (a.intrinsic_reward_scale, "floor RLPD + RND", both)):
+            one = SimpleNamespace(**vars(own))
+            one.args, one.offline_size = replace(own.args, intrinsic_reward_scale=scale), 0
+            rlpd_ooo.build_explorer(one)
+            sample = partial(rlpd_ooo.sample_symmetric, s.buffer, 0, 0.0, a.utd_ratio, a.batch_size)
+            step = learner(one, one.explore_update, sample)
+            name = f"update{mark}: {floor.removeprefix('floor ')}, {a.utd_ratio} minibatches"
+            add(name, step, products.flops(), floor)
+        step = player(one, lambda obs, agent=one.explorer: agent.act(obs, sample=True), step)
+        add(f"online{mark}: act, environment, RLPD + RND", step, both.flops(), "floor RLPD + RND")
+        agent = rlpd_ooo.make_agent(a, s.obs_dim, s.act_dim, s.device, a.retrain_critics, a.retrain_layer_norm)
+        update = rlpd_ooo.make_update(own.args, s.buffer, agent, rlpd_ooo.make_settings(a, s.act_dim, q_max=100.0))
+        step = learner(own, update, partial(s.buffer.sample, rows))
+        add(f"retrain{mark}: SAC", step, sac.flops(), "floor SAC")
 
 
 def start_d3rlpy(python, job):
@@ -243,43 +323,40 @@ def report(rows):
 def main(args):
     if args.out and not Path(args.out).parent.is_dir():
         iql_ooo.fail(f"--out {args.out}: there is no such folder")
-    settings = iql_ooo.parse_args(["--env-id", args.env_id, "--device", args.device])
-    iql_ooo.check_args(replace(settings, cudagraphs=args.cudagraphs))
+    script = iql_ooo if args.env_id in iql_ooo.TASKS else rlpd_ooo
+    settings = script.parse_args(["--env-id", args.env_id, "--device", args.device])
+    script.check_args(replace(settings, cudagraphs=args.cudagraphs))
+    if script is rlpd_ooo and args.d3rlpy_python:
+        script.fail("--d3rlpy-python is for IQL; leave it out for this task")
     device, scripts_choice = iql_ooo.setup_torch(replace(settings, torch_threads=args.threads))
     s = make_session(settings, device)
-    iql, both = Products(s, rnd=False), Products(s, rnd=True)
-    precision, precisions = choose_precision(both, device, args.cpu_time, min(args.seconds, 3.0))
+    if script is rlpd_ooo:
+        small, largest = (Products.sac(s, settings.num_qs, settings.utd_ratio, settings.batch_size, rnd)
+                          for rnd in (False, True))
+        probe = Products.sac(s, settings.num_qs, 1, settings.batch_size, rnd=True)  # the same kernels, 20 times faster
+    else:
+        small, largest = Products.iql(s, rnd=False), Products.iql(s, rnd=True)
+        probe = largest
+    precision, precisions = choose_precision(probe, device, args.cpu_time, min(args.seconds, 3.0))
 
     def add(name, step, flops, floor="", precision=precision):
         rows.append(Row(name, timed(step, device, precision, args.cpu_time), flops, floor))
 
     rows = []
-    add("floor IQL", iql, iql.flops())
-    add("floor IQL + RND", both, both.flops())
-    for variant in ["", *(name for name in ("compile", "cudagraphs") if getattr(args, name))]:
-        own, mark = SimpleNamespace(**vars(s)), f" ({variant})" if variant else ""
-        own.args = replace(settings, **({variant: True} if variant else {}))
-        for dropout in sorted({0.0, iql_ooo.first(settings.retrain_dropout, settings.dropout)}):
-            step = learner(own, retrain_update(own, dropout))
-            add(f"retrain{mark}: IQL, dropout {dropout:g}", step, iql.flops(), "floor IQL")
-        iql_ooo.build_explorer(own)
-        step = learner(own, own.explore_update)
-        add(f"pretrain{mark}: IQL + RND", step, both.flops(), "floor IQL + RND")
-        step = player(own, lambda obs, agent=own.explorer: agent.act(obs, sample=True), step)
-        add(f"online{mark}: act, environment, IQL + RND", step, both.flops(), "floor IQL + RND")
+    (rlpd_rows if script is rlpd_ooo else iql_rows)(s, add, args, small, largest)
     add("environment step, stored", player(s, lambda obs: s.env.action_space.sample()), 0)
     for name in (name for name in precisions if name != precision):  # for information
         inexact = "not float32, " if precisions[name]["relative_error"] >= EXACT else ""
-        add(f"products of IQL + RND, {inexact}{name}", both, both.flops(), "floor IQL + RND", name)
+        add(f"products with RND, {inexact}{name}", largest, largest.flops(), rows[1].name, name)
     job = asdict(settings) | dict(obs_dim=s.obs_dim, act_dim=s.act_dim, threads=args.threads, precision=precision,
                                   device=device.type, cpu_time=args.cpu_time)
     chunk, d3rlpy = start_d3rlpy(args.d3rlpy_python, job) if args.d3rlpy_python else (None, None)
     for row in ("update", "sampling and update") if chunk else ():
-        rows.append(Row(f"d3rlpy IQL: {row}", lambda n, row=row: chunk(row, n), iql.flops(), "floor IQL"))
+        rows.append(Row(f"d3rlpy IQL: {row}", lambda n, row=row: chunk(row, n), small.flops(), "floor IQL"))
     measure(rows, args.seconds)
 
     print(f"{args.env_id}: obs {s.obs_dim}, act {s.act_dim}, batch {settings.batch_size}, {args.threads} thread(s); "
-          f"{iql.flops() / 1e6:.0f} MFLOP for IQL, {both.flops() / 1e6:.0f} for IQL + RND; setting {precision} "
+          f"{small.flops() / 1e6:.0f} MFLOP for an update, {largest.flops() / 1e6:.0f} with RND; setting {precision} "
           f"(the script itself takes {scripts_choice} here); relative errors of torch's settings: "
           + ", ".join(f"{name} {found['relative_error']:.0e}" for name, found in precisions.items()) + "\n")
     results = report(rows)

@@ -11,6 +11,7 @@ import torch
 from runner import SMALL
 
 import iql_ooo as ooo
+import rlpd_ooo
 
 OBS, ACT, HIDDEN, BATCH, UPDATES = 6, 3, (32, 32), 64, 8
 PEN = "pen-binary-v0"
@@ -53,6 +54,39 @@ def train(device, kind, modes=(), updates=UPDATES, replace_at=None):
     return {name: value.double().cpu() for name, value in state.items()}, losses
 
 
+def train_rlpd(device, patch, modes=(), updates=UPDATES):
+    """The same for updates of three critic steps of RLPD + RND. patch: pytest's monkeypatch; the random numbers lie in
+    one place in memory and are the same for every device."""
+    device = torch.device(device)
+    torch.set_float32_matmul_precision("highest")
+    torch.manual_seed(0)
+    args = rlpd_ooo.Args(hidden_dims=HIDDEN, rnd_hidden_dims=(24, 16), batch_size=BATCH, utd_ratio=3, num_qs=4,
+                         **dict.fromkeys(modes, True))
+    shapes = dict(observations=(OBS,), actions=(ACT,), rewards=(), next_observations=(OBS,), terminations=())
+    buffer = rlpd_ooo.ReplayBuffer(shapes, 500, device)
+    buffer.data.copy_(torch.randn(500, buffer.data.shape[1]).clamp(-0.9, 0.9))
+    agent = rlpd_ooo.make_agent(args, OBS, ACT, device, 4, layer_norm=True)
+    rnd = rlpd_ooo.make_rnd(args, OBS, device, reward_before_step=True)
+    uniform = torch.empty(3 * BATCH, device=device)
+    rnd.update = lambda observations, following: rlpd_ooo.RND.update(rnd, observations, following, uniform)
+    draw = rlpd_ooo.draw_noise
+    noise = {name: value.to(device) for name, value in draw(3, BATCH, ACT, 4, 2, torch.device("cpu")).items()}
+    patch.setattr(rlpd_ooo, "draw_noise", lambda *sizes: noise)
+    settings = rlpd_ooo.make_settings(args, ACT, intrinsic_reward_scale=0.5, q_min=-9.0, q_max=9.0)
+    update = rlpd_ooo.make_update(args, buffer, agent, settings, rnd, utd_ratio=3)
+    generator, losses = torch.Generator().manual_seed(1), []
+    for _ in range(updates):
+        torch.manual_seed(int(torch.randint(10**6, (), generator=generator)))
+        for name, value in draw(3, BATCH, ACT, 4, 2, torch.device("cpu")).items():
+            noise[name].copy_(value)
+        uniform.copy_(torch.rand(3 * BATCH))
+        rows = torch.randint(500, (3 * BATCH,)).to(device)
+        losses.append({name: value.item() for name, value in update(buffer.data[rows]).items()})
+    patch.setattr(rlpd_ooo, "draw_noise", draw)
+    state = {**agent.state_dict(), **{f"rnd.{name}": value for name, value in rnd.state_dict().items()}}
+    return {name: value.double().cpu() for name, value in state.items()}, losses
+
+
 def check_equal(one, other):
     (state, losses), (state_, losses_) = one, other
     assert state.keys() == state_.keys()
@@ -66,6 +100,26 @@ def check_equal(one, other):
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="no C++ compiler")
 def test_compiled_update_equals_eager_on_the_cpu():
     check_equal(train("cpu", "iql", ["compile"], updates=3), train("cpu", "iql", updates=3))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="no C++ compiler")
+def test_compiled_rlpd_equals_eager_on_the_cpu(monkeypatch):
+    """All critic steps, the actor's, alpha's and RND's in one graph."""
+    check_equal(train_rlpd("cpu", monkeypatch, ["compile"], 3), train_rlpd("cpu", monkeypatch, updates=3))
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("mode", MODES)
+def test_modes_of_rlpd_equal_eager(mode, monkeypatch):
+    check_equal(train_rlpd("cuda", monkeypatch, MODES[mode]), train_rlpd("cuda", monkeypatch))
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_rlpd_on_gpu_equals_cpu(monkeypatch):
+    check_equal(train_rlpd("cuda", monkeypatch), train_rlpd("cpu", monkeypatch))
 
 
 @pytest.mark.gpu
