@@ -1,6 +1,7 @@
 """Compiled and captured updates against eager ones, and the script on a CUDA device.
 
-Most of this needs a GPU and is skipped without one. The CPU's part compiles for about a minute: `--runslow` runs it.
+Most of this needs a GPU and is skipped without one. Compiling for the CPU takes some ten seconds: the update with RND
+is always compared, the others with `--runslow`.
 """
 
 import shutil
@@ -96,10 +97,10 @@ def check_equal(one, other):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-5), step
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="no C++ compiler")
-def test_compiled_update_equals_eager_on_the_cpu():
-    check_equal(train("cpu", "iql", ["compile"], updates=3), train("cpu", "iql", updates=3))
+@pytest.mark.parametrize("kind", ["rnd", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("iql", "td3"))])
+def test_compiled_update_equals_eager_on_the_cpu(kind):
+    check_equal(train("cpu", kind, ["compile"]), train("cpu", kind))
 
 
 @pytest.mark.slow

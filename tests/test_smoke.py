@@ -4,6 +4,7 @@ The runs happen in this process, on tiny datasets, with tiny networks and short 
 """
 
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -174,7 +175,7 @@ def test_config_says_what_was_run(tiny, session):
 
 
 def asdict_keys():
-    return {field.name for field in ooo.fields(ooo.Args)}
+    return {field.name for field in dataclasses.fields(ooo.Args)}
 
 
 # === the data and the settings of the two phases ===
