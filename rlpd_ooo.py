@@ -22,7 +22,7 @@ Algorithm 1. RLPD: arXiv 2302.02948. SAC: arXiv 1812.05905. RND: arXiv 1810.1289
 
     python rlpd_ooo.py --env-id halfcheetah-sparse-v2 --compile --cudagraphs      # RLPD + RND, and OOO (Table 3), GPU
     python rlpd_ooo.py --env-id ant-sparse-v2 --intrinsic-reward-scale 0 --exp-name rlpd      # RLPD, and OOO on it
-    python rlpd_ooo.py --env-id halfcheetah-sparse-v2 --goal-x 5 --utd-ratio 1 --scale 0.05   # a small look on a CPU
+    python rlpd_ooo.py --env-id halfcheetah-sparse-v2 --goal-x 10 --utd-ratio 1 --scale 0.05  # a small look on a CPU
     python rlpd_ooo.py --env-id pen-binary-v0             # with offline data: half of every batch is drawn from it
     python rlpd_ooo.py --eval-only runs/ant-sparse-v2__rlpd_ooo__1 --episodes 100 --video     # the saved policy
   Ablations of the exploitation phase, on the data of a finished run:
@@ -38,12 +38,12 @@ Choices where paper and official code differ or are silent:
  3. Upsampling: 32 rows of reward 1 are added to each batch of 256 (code), which is section 4.2 with alpha = 1/9
     (--retrain-upsample). With no such row in the data sampling stays uniform, with a message; the code then
     upsamples the largest reward, that is: everything.
- 4. The actor maximises the mean over the critics, in the retraining too (code; SAC's paper: the smaller one).
+ 4. The actor maximises the mean over the critics in both phases, as RLPD does (SAC's paper: the smaller of two).
  5. Intrinsic reward of s': largest squared feature error, from the predictor before its step, once for the whole
     update of --utd-ratio batches (code; --rnd-reward l2 is the paper's squared norm).
  6. Ant: 28 observations. The code's 112 hold 84 contact forces, which were 0 in its MuJoCo unless asked for.
  7. Tasks with offline data are not in the paper's Table 3: rewards, masks and data are those of iql_ooo.py, the rest
-    is as in sparse locomotion. --offline-ratio of each single minibatch is offline data (code: of the whole draw).
+    is as in sparse locomotion. --offline-ratio is the share of offline data in each single minibatch.
  8. Retraining for t uses exactly D_off + D_on[:t] but runs when the episode under way has ended (see iql_ooo.py).
 grad_step counts updates: one is --utd-ratio critic steps, then one actor and one alpha step.
 """
@@ -112,8 +112,6 @@ class Args:
     video: bool = False
     """With --eval-only: also record the first episodes as mp4 (MUJOCO_GL=osmesa or egl where there is no display)."""
 # === end shared block: experiment arguments ===
-    goal_x: float | None = None
-    """Sparse tasks: pay beyond this x instead of the paper's 10 (ant) or 20 (halfcheetah). Another, easier task."""
 # === shared block: data arguments ===
     # --- task and data ---
     dataset_id: tuple[str, ...] = ()
@@ -135,6 +133,8 @@ class Args:
     mask_reward: float | None = None
     """If set, masks are 0 exactly where the raw reward equals this (kitchen: 4), else from terminations."""
 # === end shared block: data arguments ===
+    goal_x: float | None = None
+    """Sparse tasks: pay beyond this x instead of the paper's 10 (ant) or 20 (halfcheetah). Another, easier task."""
     # --- phases ---
     online_steps: int = 1_000_000
     """Online phase: environment steps, one update (of utd_ratio critic steps) each."""
@@ -251,7 +251,7 @@ def check_args(args):
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} is less than --num-min-qs {args.num_min_qs}")
     if args.goal_x is not None and ENVIRONMENTS[args.env_id].threshold is None:
         fail(f"--goal-x is for the sparse tasks; {args.env_id} has its own goal")
-    check_limits(args, dict(retrain_steps=1, utd_ratio=1, num_min_qs=1, learning_starts=1))
+    check_limits(args, dict(retrain_steps=1, utd_ratio=1, num_min_qs=1, learning_starts=0))
 
 
 # === shared block: command line ===
