@@ -1199,10 +1199,32 @@ def draw_noise(utd_ratio, batch_size, act_dim, num_qs, num_min_qs, device):
     return {"next": normal[:-batch_size], "actor": normal[-batch_size:], "members": order[:, :num_min_qs]}
 
 
-def sac_update(agent, batch, settings, utd_ratio=1, intrinsic_rewards=None, noise=None):
+def critic_step(agent, batch, settings, next_actions, entropy_term, members=None, intrinsic_rewards=None):
+    """One step of critics and target critics on one minibatch. Returns loss and mean Q, detached."""
+    with torch.no_grad():
+        target = td_target(agent, batch, settings, next_actions, entropy_term, members, intrinsic_rewards)
+    loss, q = critic_loss(agent, batch, target)
+    agent.optimizers["critic"].minimize(loss)
+    agent.update_target(settings.tau)
+    return loss.detach(), q
+
+
+def actor_step(agent, observations, settings, noise):
+    """One step of the actor, then one of alpha, with the entropy of the actor before its step. Returns losses."""
+    loss_pi, entropy = actor_loss(agent, observations, noise)
+    agent.optimizers["actor"].minimize(loss_pi)
+    loss_alpha = alpha_loss(agent, settings, entropy)
+    agent.optimizers["alpha"].minimize(loss_alpha)
+    return {"losses/actor": loss_pi.detach(), "losses/alpha": loss_alpha.detach(), "losses/entropy": entropy,
+            "losses/alpha_value": agent.log_alpha.detach().exp()}
+
+
+def sac_update(agent, batch, settings, utd_ratio=1, intrinsic_rewards=None, noise=None,
+               steps=(critic_step, actor_step)):
     """One RLPD update: utd_ratio critic steps, each on its own part of the batch, then an actor and an alpha step on
     the last part. batch: observations, actions, rewards, masks, next_observations with utd_ratio * n rows;
-    intrinsic_rewards: one for each row, or None. noise: see draw_noise. Returns detached scalars, of the last part."""
+    intrinsic_rewards: one for each row, or None. noise: see draw_noise. steps: the two kinds of step, perhaps compiled.
+    Returns detached scalars, of the last part."""
     rows, act_dim = batch["actions"].shape
     n, num_qs = rows // utd_ratio, len(agent.critic.weights[0])
     if noise is None:
@@ -1215,35 +1237,29 @@ def sac_update(agent, batch, settings, utd_ratio=1, intrinsic_rewards=None, nois
         part = {name: value[here] for name, value in batch.items()}
         members = noise["members"][j] if settings.num_min_qs < num_qs else None
         bonus = None if intrinsic_rewards is None else intrinsic_rewards[here]
-        with torch.no_grad():
-            target = td_target(agent, part, settings, next_actions[here], entropy_term[here], members, bonus)
-        loss_q, q = critic_loss(agent, part, target)
-        agent.optimizers["critic"].minimize(loss_q)
-        agent.update_target(settings.tau)
-    # --- Actor, with the new critics ---
-    loss_pi, entropy = actor_loss(agent, part["observations"], noise["actor"])
-    agent.optimizers["actor"].minimize(loss_pi)
-    # --- Alpha, with the entropy of the actor before its step ---
-    loss_alpha = alpha_loss(agent, settings, entropy)
-    agent.optimizers["alpha"].minimize(loss_alpha)
-    return {"losses/critic": loss_q.detach(), "losses/actor": loss_pi.detach(), "losses/alpha": loss_alpha.detach(),
-            "losses/q_mean": q, "losses/entropy": entropy, "losses/alpha_value": agent.log_alpha.detach().exp()}
+        loss_q, q = steps[0](agent, part, settings, next_actions[here], entropy_term[here], members, bonus)
+    # --- Actor and alpha, with the new critics ---
+    losses = steps[1](agent, part["observations"], settings, noise["actor"])
+    return {"losses/critic": loss_q, "losses/q_mean": q, **losses}
 
 
 def make_update(args, buffer, agent, settings, rnd=None, utd_ratio=1):
-    """update(rows) -> losses: one update of the agent on raw buffer rows (utd_ratio * batch, width), with RND's."""
+    """update(rows) -> losses: one update of the agent on raw buffer rows (utd_ratio * batch, width), with RND's.
+    --compile compiles one critic step, which the loop calls again and again (the unrolled loop would take minutes to
+    compile), and the actor's; --cudagraphs captures the whole update."""
+    steps = [compiled(step) if args.compile else step for step in (critic_step, actor_step)]
 
     def update(rows):
         batch = task_batch(buffer.split(rows), args)
         batch = {name: batch[name] for name in ("observations", "actions", "rewards", "masks", "next_observations")}
         if rnd is None:
-            return sac_update(agent, batch, settings, utd_ratio)
+            return sac_update(agent, batch, settings, utd_ratio, steps=steps)
         # RND: the rewards of the whole batch, then one predictor step
         bonus, rnd_loss = rnd.update(batch["observations"], batch["next_observations"])
-        losses = sac_update(agent, batch, settings, utd_ratio, bonus)
+        losses = sac_update(agent, batch, settings, utd_ratio, bonus, steps=steps)
         return {**losses, "losses/rnd": rnd_loss, "rnd/batch_intrinsic_reward": bonus.mean()}
 
-    return wrap_update(args, update)
+    return CudaGraph(update) if args.cudagraphs else update
 
 
 def sample_symmetric(buffer, offline_size, offline_ratio, utd_ratio, batch_size):
@@ -1264,16 +1280,14 @@ def task_batch(batch, args):
     return {**batch, "rewards": (raw + args.reward_bias) * args.reward_scale, "masks": masks}
 
 
-def wrap_update(args, update):
-    """update(rows) -> losses as --compile and --cudagraphs want it."""
-    if args.compile:
-        # One graph of losses, gradients and Adam; RND's number of chosen rows varies.
-        torch._dynamo.config.trace_autograd_ops = torch._dynamo.config.capture_dynamic_output_shape_ops = True
-        torch._inductor.config.fallback_random = True  # the random numbers of the eager update
-        # A code object of its own: compiled versions are kept, and looked through at each call, per code object.
-        code = update.__code__.replace()
-        update = torch.compile(FunctionType(code, update.__globals__, closure=update.__closure__))
-    return CudaGraph(update) if args.cudagraphs else update
+def compiled(function):
+    """A function of an update under torch.compile: one graph of losses, gradients and Adam."""
+    # RND's number of chosen rows varies.
+    torch._dynamo.config.trace_autograd_ops = torch._dynamo.config.capture_dynamic_output_shape_ops = True
+    torch._inductor.config.fallback_random = True  # the random numbers of the eager update
+    # A code object of its own: compiled versions are kept, and looked through at each call, per code object.
+    code = function.__code__.replace()
+    return torch.compile(FunctionType(code, function.__globals__, closure=function.__closure__))
 
 
 class CudaGraph:

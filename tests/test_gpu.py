@@ -106,7 +106,7 @@ def test_compiled_update_equals_eager_on_the_cpu(kind):
 @pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="no C++ compiler")
 def test_compiled_rlpd_equals_eager_on_the_cpu(monkeypatch):
-    """All critic steps, the actor's, alpha's and RND's in one graph."""
+    """The critic step, which is called three times, and the one of actor and alpha."""
     check_equal(train_rlpd("cpu", monkeypatch, ["compile"], 3), train_rlpd("cpu", monkeypatch, updates=3))
 
 
