@@ -43,6 +43,7 @@ class Args:
     cudagraphs: bool = False  # also measure the updates as CUDA graphs (cuda only)
     d3rlpy_python: str = ""  # Python of an environment that has d3rlpy; without it those rows are left out
     cpu_time: bool = False  # count processor time: a rough look on a busy machine (one thread, no GPU)
+    rows: str = ""  # measure only rows with this text in their name, and the floors
     out: str = ""  # JSON file for the results
 
 
@@ -166,8 +167,8 @@ def timed(step, device, precision, cpu_time):
 def measure(rows, seconds):
     """Fill row.times: a chunk of every row in turn, until each has had its time (at least 3 rounds)."""
     for row in rows:
-        row.chunk(5)  # warm up; compiles and captures
-        row.n = max(1, round(CHUNK / max(row.chunk(3) / 3, 1e-5)))
+        row.chunk(4)  # warm up; compiles and captures
+        row.n = max(1, round(CHUNK / max(row.chunk(2) / 2, 1e-5)))
     for _ in tqdm(range(max(3, round(seconds / CHUNK))), desc=f"{len(rows)} rows", unit="round"):
         for row in rows:
             row.times.append(row.chunk(row.n) / row.n)
@@ -353,6 +354,7 @@ def main(args):
     chunk, d3rlpy = start_d3rlpy(args.d3rlpy_python, job) if args.d3rlpy_python else (None, None)
     for row in ("update", "sampling and update") if chunk else ():
         rows.append(Row(f"d3rlpy IQL: {row}", lambda n, row=row: chunk(row, n), small.flops(), "floor IQL"))
+    rows = [row for row in rows if args.rows in row.name or not row.floor and row.flops]
     measure(rows, args.seconds)
 
     print(f"{args.env_id}: obs {s.obs_dim}, act {s.act_dim}, batch {settings.batch_size}, {args.threads} thread(s); "
