@@ -84,6 +84,7 @@ class Args:
     # --- experiment ---
     env_id: str = "hammer-truncated-expert-v1"
     """Task of the paper: one of the nine with offline data."""
+# === shared block: experiment arguments ===
     seed: int = 1
     """Seed of everything random in the run."""
     exp_name: str = Path(__file__).stem
@@ -110,6 +111,8 @@ class Args:
     """RUN_DIR of a run: evaluate its last exploitation policy, train nothing."""
     video: bool = False
     """With --eval-only: also record the first episodes as mp4 (MUJOCO_GL=osmesa or egl where there is no display)."""
+# === end shared block: experiment arguments ===
+# === shared block: data arguments ===
     # --- task and data ---
     dataset_id: tuple[str, ...] = ()
     """Minari ids, each optionally ID:N for its first N episodes. Default: the task's published datasets."""
@@ -129,6 +132,7 @@ class Args:
     """See reward_scale."""
     mask_reward: float | None = None
     """If set, masks are 0 exactly where the raw reward equals this (kitchen: 4), else from terminations."""
+# === end shared block: data arguments ===
     # --- phases ---
     offline_steps: int = 500_000
     """Pretraining: gradient steps on D_off."""
@@ -190,6 +194,7 @@ class Args:
     # --- RND ---
     intrinsic_reward_scale: float = 0.5
     """Coefficient of the intrinsic reward; 0 is plain IQL, without RND."""
+# === shared block: rnd arguments ===
     rnd_reward: Literal["max", "l2"] = "max"
     """max over features of the squared error (code), or their sum (paper)."""
     rnd_hidden_dims: tuple[int, ...] = (512, 512)
@@ -198,6 +203,8 @@ class Args:
     """Adam's rate for the predictor."""
     rnd_update_proportion: float = 0.25
     """Share of each batch that trains the predictor."""
+# === end shared block: rnd arguments ===
+# === shared block: logging arguments ===
     # --- logging and checkpoints ---
     log_every: int = 1_000
     """Steps between records of losses and of the intrinsic reward."""
@@ -209,6 +216,7 @@ class Args:
     """wandb project."""
     wandb_mode: Literal["online", "offline", "disabled"] = "online"
     """wandb mode."""
+# === end shared block: logging arguments ===
 
 
 BUDGETS = ("offline_steps", "online_steps", "retrain_at", "retrain_steps", "eval_every", "log_every",
@@ -486,7 +494,8 @@ class LossHistory:
 @dataclass(frozen=True)
 class Task:
     """A task of the paper on today's packages. score_range: D4RL's (random, expert) returns, None where the score is
-    something else (normalized_score). goal: maze coordinates (x, y) of the cell (row 7, column 9)."""
+    something else (normalized_score). goal: maze coordinates (x, y) of the cell (row 7, column 9). threshold: sparse
+    locomotion, without offline data, pays 1 in every step beyond this x."""
 
     family: str
     gym_id: str
@@ -495,6 +504,7 @@ class Task:
     kwargs: dict = field(default_factory=dict)
     score_range: tuple[float, float] | None = None
     goal: tuple[float, float] | None = None
+    threshold: float | None = None
 
 
 def _kitchen(*subtasks):
@@ -522,6 +532,11 @@ ENVIRONMENTS = {
         "maze2d", "PointMaze_Large-v3", 800, ("D4RL/pointmaze/large-v2",), _MAZE, (6.7, 273.99), (3.5, -3.0)),
     "hammer-truncated-expert-v1": Task(
         "hammer", "AdroitHandHammer-v1", 200, ("D4RL/hammer/expert-v2",), {}, (-274.856578, 12794.134825156867)),
+    "ant-sparse-v2": Task(
+        "ant", "Ant-v5", 1000, (),
+        dict(include_cfrc_ext_in_observation=False, exclude_current_positions_from_observation=False,
+             terminate_when_unhealthy=False), threshold=10.0),
+    "halfcheetah-sparse-v2": Task("halfcheetah", "HalfCheetah-v5", 1000, (), threshold=20.0),
 }
 GOAL_RADIUS = 0.5  # D4RL's in both mazes; gymnasium-robotics uses 0.45
 ANTMAZE_DATA_GOAL_OFFSET = (0.75, -0.75)  # mean of the goals drawn by TaskEnv.reset
@@ -535,12 +550,15 @@ def flatten_observation(task, obs):
         obs = np.concatenate([obs["achieved_goal"], obs["observation"][..., :27]], axis=-1)
     elif task.family == "maze2d":
         obs = obs["observation"]
+    elif task.family == "ant":  # x, qpos[2:], qvel: without y; the contact forces were all 0 in the paper's MuJoCo
+        obs = np.delete(obs, 1, axis=-1)
     return np.asarray(obs, dtype=np.float32)
 
 
 def task_reward(task, next_obs, reward, goal=None):
     """(reward, success) of the paper's task for transitions into next_obs (..., obs_dim), reward as the package gives
-    it (...). Kitchen's reward must already count tasks. Formulas: D4RL and mj_envs."""
+    it (...). Kitchen's reward must already count tasks, sparse locomotion's be the x position (the cheetah does not
+    observe it). Formulas: D4RL, mj_envs and the official code."""
     o = next_obs
     if task.family == "pen":
         success = (np.linalg.norm(o[..., 39:42], axis=-1) < 0.075) & ((o[..., 33:36] * o[..., 36:39]).sum(-1) > 0.95)
@@ -554,6 +572,9 @@ def task_reward(task, next_obs, reward, goal=None):
         # gymnasium-robotics 1.2.1 to 1.4.2 add 0.1 |palm - hammer|, D4RL subtracts it. Only success pays +100.
         reward = reward - 0.2 * np.linalg.norm(o[..., 33:36] - o[..., 36:39], axis=-1)
         return reward, reward > 50
+    elif task.threshold is not None:
+        success = np.asarray(reward) > task.threshold
+        return success.astype(np.float64), success
     else:
         success = np.linalg.norm(o[..., :2] - np.asarray(goal), axis=-1) <= GOAL_RADIUS
         return success.astype(np.float64), success
@@ -600,6 +621,8 @@ class TaskEnv(gym.Wrapper):
         obs = flatten_observation(self.task, obs)
         if self.task.family == "kitchen":
             reward = float(len(info["episode_task_completions"]))
+        elif self.task.threshold is not None:
+            reward = info["x_position"]
         reward, success = task_reward(self.task, obs, reward, self.goal)
         terminated = self.task.family == "antmaze" and bool(success)
         return obs, float(reward), terminated, truncated, {"success": bool(success)}
@@ -730,6 +753,13 @@ def load_dataset(env_id, env, *, dataset_ids=(), dataset_path="", truncate_episo
     actions, rewards (raw), next_observations, terminations, episodes (index of the episode). Order: read, check,
     truncate, relabel, subset, remove discs."""
     task = ENVIRONMENTS[env_id]
+    if task.threshold is not None:
+        if dataset_path or dataset_ids:
+            fail(f"{env_id} is learnt without offline data; leave --dataset-id and --dataset-path out")
+        shapes = dict(observations=env.observation_space.shape, actions=env.action_space.shape, rewards=(),
+                      next_observations=env.observation_space.shape, terminations=(), episodes=())
+        none = {name: np.zeros((0, *shape), np.float32) for name, shape in shapes.items()}
+        return none, {"source": "none", "transitions": 0, "sha256": hashlib.sha256().hexdigest()}
     if dataset_path:
         data = read_npz(dataset_path, task.family == "antmaze")
     else:
@@ -818,9 +848,9 @@ class ReplayBuffer:
         self.size += n
 
     def add(self, **transition):
-        """Append one transition."""
+        """Append one transition; a field that is not given is 0 until it is known."""
         for name, column in self.columns.items():
-            self.row[column] = transition[name]
+            self.row[column] = transition.get(name, 0.0)
         self.data[self.size] = torch.from_numpy(self.row)
         self.size += 1
 
@@ -939,7 +969,8 @@ def mlp(dims, dropout=0.0):
 class Critic(nn.Module):
     """Ensemble of Q(s, a) as batched products: (batch, obs_dim), (batch, act_dim) -> (num_qs, batch)."""
 
-    def __init__(self, obs_dim, act_dim, hidden_dims, num_qs=2):
+    def __init__(self, obs_dim, act_dim, hidden_dims, num_qs=2, layer_norm=False):
+        """layer_norm: between each hidden layer and its ReLU."""
         super().__init__()
         dims = (obs_dim + act_dim, *hidden_dims, 1)
         pairs = list(zip(dims[:-1], dims[1:], strict=True))
@@ -948,11 +979,20 @@ class Critic(nn.Module):
         for weight in self.weights:
             for member in weight.data:
                 nn.init.orthogonal_(member, gain=2**0.5)
+        norms = pairs[:-1] if layer_norm else []
+        self.scales = nn.ParameterList([torch.ones(num_qs, 1, o) for _, o in norms])
+        self.shifts = nn.ParameterList([torch.zeros(num_qs, 1, o) for _, o in norms])
 
-    def forward(self, observations, actions):
-        x = torch.cat([observations, actions], dim=-1).expand(len(self.weights[0]), -1, -1)
+    def forward(self, observations, actions, members=None):
+        """members: indices (k,) of the members that are wanted, for a result (k, batch); None: all."""
+        pick = (lambda p: p) if members is None else (lambda p: p.index_select(0, members))
+        num_qs = len(self.weights[0]) if members is None else len(members)
+        x = torch.cat([observations, actions], dim=-1).expand(num_qs, -1, -1)
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = torch.baddbmm(bias, x, weight)
+            x = torch.baddbmm(pick(bias), x, pick(weight))
+            if len(self.scales) > i:
+                x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+                x = torch.addcmul(pick(self.shifts[i]), x, pick(self.scales[i]))
             x = F.relu(x, inplace=True) if i < len(self.weights) - 1 else x
         return x.squeeze(-1)
 
@@ -1109,6 +1149,12 @@ class RND(nn.Module):
         self.optimizer.load_state_dict(state["optimizer"])
 
 
+def make_rnd(args, obs_dim, device, **options):
+    networks = (mlp((obs_dim, *args.rnd_hidden_dims)) for _ in range(2))
+    return RND(*networks, obs_dim, args.rnd_learning_rate, device, update_proportion=args.rnd_update_proportion,
+               reward=args.rnd_reward, **options)
+
+
 # === end shared block: rnd ===
 
 
@@ -1187,13 +1233,6 @@ def td3_update(agent, batch, settings, intrinsic_rewards=None, noise=None):
             "losses/q_mean": q.detach().mean()}
 
 
-def task_batch(batch, args):
-    """Rewards and masks of sampled raw rows as the learner sees them."""
-    raw = batch["rewards"]
-    masks = 1.0 - batch["terminations"] if args.mask_reward is None else (raw != args.mask_reward).float()
-    return {**batch, "rewards": (raw + args.reward_bias) * args.reward_scale, "masks": masks}
-
-
 def make_update(args, buffer, agent, settings, rnd=None, frozen_rnd=False):
     """update(rows) -> losses: one gradient step of the agent on raw buffer rows (batch, width), with RND's."""
     learn = td3_update if agent.actor.squash else iql_update
@@ -1208,13 +1247,26 @@ def make_update(args, buffer, agent, settings, rnd=None, frozen_rnd=False):
         losses = learn(agent, batch, settings, bonus)
         return {**losses, "losses/rnd": rnd_loss, "rnd/batch_intrinsic_reward": bonus.mean()}
 
+    return wrap_update(args, update)
+
+
+# === shared block: compiled updates ===
+def task_batch(batch, args):
+    """Rewards and masks of sampled raw rows as the learner sees them."""
+    raw = batch["rewards"]
+    masks = 1.0 - batch["terminations"] if args.mask_reward is None else (raw != args.mask_reward).float()
+    return {**batch, "rewards": (raw + args.reward_bias) * args.reward_scale, "masks": masks}
+
+
+def wrap_update(args, update):
+    """update(rows) -> losses as --compile and --cudagraphs want it."""
     if args.compile:
         # One graph of losses, gradients and Adam; RND's number of chosen rows varies.
         torch._dynamo.config.trace_autograd_ops = torch._dynamo.config.capture_dynamic_output_shape_ops = True
         torch._inductor.config.fallback_random = True  # the random numbers of the eager update
         # A code object of its own: compiled versions are kept, and looked through at each call, per code object.
         code = update.__code__.replace()
-        update = torch.compile(FunctionType(code, globals(), closure=update.__closure__))
+        update = torch.compile(FunctionType(code, update.__globals__, closure=update.__closure__))
     return CudaGraph(update) if args.cudagraphs else update
 
 
@@ -1240,6 +1292,9 @@ class CudaGraph:
         self.rows.copy_(rows)
         self.graph.replay()
         return self.losses
+
+
+# === end shared block: compiled updates ===
 
 
 # === shared block: evaluation ===
@@ -1357,8 +1412,9 @@ def new_session(args, script, source=None):
                            retraining=None, bar=None, run=None)
 
 
-def load_offline(s, online_rows):
-    """Environments, offline data and a replay buffer with room for online_rows more transitions."""
+def load_offline(s, online_rows, prepare=lambda data: (data, {})):
+    """Environments, offline data and a replay buffer with room for online_rows more transitions. prepare(data) -> (data
+    as the script wants it, also with scalar columns of its own, additions to the report)."""
     args = s.args
     s.env, s.eval_env = make_env(args.env_id), make_env(args.env_id)
     data, s.report = load_dataset(
@@ -1368,12 +1424,15 @@ def load_offline(s, online_rows):
     for started in filter(None, (s.config, s.source)):
         if started["dataset"]["sha256"] != s.report["sha256"]:
             fail(f"the offline data {s.report['source']} is not what the run was started with (sha256 differs)")
+    data, more = prepare(data)
+    s.report |= more
     (s.obs_dim,), (s.act_dim,) = s.env.observation_space.shape, s.env.action_space.shape
     shapes = dict(observations=(s.obs_dim,), actions=(s.act_dim,), rewards=(), next_observations=(s.obs_dim,),
                   terminations=(), episodes=())
+    shapes |= {name: () for name in data if name not in shapes}
     s.buffer = ReplayBuffer(shapes, len(data["rewards"]) + online_rows, s.device)
     s.buffer.extend(data)
-    s.offline_size, s.offline_episodes = s.buffer.size, int(data["episodes"].max()) + 1
+    s.offline_size, s.offline_episodes = s.buffer.size, int(data["episodes"].max(initial=-1)) + 1
 
 
 def start_run(s):
@@ -1432,12 +1491,13 @@ def phase_bar(s, phase, total, initial):
 
 
 def log_losses(s, phase, env_step, step, losses, **extra):
-    """Mean losses since the last record, to metrics.jsonl; speed to timing.jsonl."""
-    where = {"phase": phase, "env_step": env_step, "grad_step": step}
-    s.run.log("metrics.jsonl", {**where, **losses.means(step), **extra})
+    """Mean losses since the last record, to metrics.jsonl; speed to timing.jsonl. Returns the means."""
+    where, means = {"phase": phase, "env_step": env_step, "grad_step": step}, losses.means(step)
+    s.run.log("metrics.jsonl", {**where, **means, **extra})
     now, (then, before) = time.perf_counter(), s.clock
     s.run.log("timing.jsonl", {**where, "charts/SPS": (s.bar.n - before) / max(now - then, 1e-9), "time": time.time()})
     s.clock = (now, s.bar.n)
+    return means
 
 
 def log_evaluation(s, phase, env_step, step, agent):
@@ -1453,13 +1513,13 @@ def log_evaluation(s, phase, env_step, step, agent):
 
 
 def play_episode(s):
-    """One training episode of s.explorer (cut short at the end of the budget): act, store, s.explore_update. Yields
-    the environment step after each; in the end the episode is counted and logged."""
+    """One training episode (cut short at the end of the budget): s.choose_action(obs), store, s.learn(), one update on
+    the data so far, or None. Yields the environment step after each; then the episode is counted and logged."""
     args, p = s.args, s.progress
     obs, _ = s.env.reset(seed=derive_seed(args.seed, "training episode", p["episode"]))
     episode, done = {"return": 0.0, "length": 0, "success": False}, False
     while not done and p["env_step"] < args.online_steps:
-        action = s.explorer.act(obs, sample=True)
+        action = s.choose_action(obs)
         next_obs, reward, terminated, truncated, info = s.env.step(action)
         s.buffer.add(observations=obs, actions=action, rewards=reward, next_observations=next_obs,
                      terminations=terminated, episodes=s.offline_episodes + p["episode"])
@@ -1468,8 +1528,9 @@ def play_episode(s):
         episode["length"] += 1
         episode["success"] = episode["success"] or info["success"]
         p["env_step"] += 1
-        s.losses.add(s.explore_update(s.buffer.sample(args.batch_size)))
-        p["grad_step"] += 1
+        if losses := s.learn():
+            s.losses.add(losses)
+            p["grad_step"] += 1
         s.bar.update()
         yield p["env_step"]
     p["episode"] += 1
@@ -1598,28 +1659,30 @@ def retrain_due(s, retrain):
             save_checkpoint(s)
 
 
-def retrain_loop(s, t, agent, step, outer_rng):
+def retrain_loop(s, t, agent, step, outer_rng, stop=lambda means: False):
     """The gradient steps of one retraining with evaluations and checkpoints, from where it was interrupted. step():
-    one gradient step of the agent, returns losses. Returns the last evaluation's summary."""
+    one gradient step of the agent, returns losses. stop(mean losses since the last record) -> True: that was the last
+    step. Returns the last evaluation's summary."""
     args, p, losses, online_bar = s.args, s.progress, LossHistory(), s.bar
     if s.retraining:  # this retraining was interrupted
         agent.load_full_state(s.retraining["agent"])
         losses.load_state_dict(s.retraining["losses"], s.device)
         set_rng(s.retraining["rng"], s.device)
         s.retraining = None
-    with phase_bar(s, f"retrain t={t}", args.retrain_steps, p["retrain_step"]) as bar:
+    last = args.retrain_steps
+    with phase_bar(s, f"retrain t={t}", last, p["retrain_step"]) as bar:
         if p["retrain_step"] == 0:
             log_evaluation(s, "retrain", t, 0, agent)
-        while p["retrain_step"] < args.retrain_steps:
+        while p["retrain_step"] < last:
             losses.add(step())
             p["retrain_step"] += 1
             bar.update()
             done = p["retrain_step"]
-            if done % args.log_every == 0:
-                log_losses(s, "retrain", t, done, losses)
-            if done % args.eval_every == 0 or done == args.retrain_steps:
+            if done % args.log_every == 0 and stop(log_losses(s, "retrain", t, done, losses)):
+                last = done
+            if done % args.eval_every == 0 or done == last:
                 summary = log_evaluation(s, "retrain", t, done, agent)
-            if done % args.checkpoint_every == 0 and done < args.retrain_steps:
+            if done % args.checkpoint_every == 0 and done < last:
                 save_checkpoint(s, dict(agent=agent, losses=losses, outer_rng=outer_rng))
     losses.check(p["retrain_step"])
     if online_bar is not None:
@@ -1659,9 +1722,10 @@ def load_source(s):
 # === end shared block: retraining ===
 
 
-# === phases ===
-def online(s):
-    """Algorithm 1, the online loop: the exploration policy alone acts; one optimistic update per step on all data."""
+# === shared block: online phase ===
+def online(s, retrain, save_policy, play=lambda s: play_episode(s)):
+    """Algorithm 1, the online loop: the exploration policy alone acts; one optimistic update per step on all data.
+    play(s): one training episode with its updates; yields the environment step after each."""
     args, p = s.args, s.progress
     last_checkpoint = p["saved_steps"]
     with phase_bar(s, "online", args.online_steps, p["env_step"]):
@@ -1669,12 +1733,12 @@ def online(s):
             retrain_due(s, retrain)
             if p["env_step"] >= args.online_steps:
                 break
-            for t in play_episode(s):
+            for t in play(s):
                 wanted = t in args.retrain_at or t == args.online_steps
                 summary = log_online_step(s, t, wanted)
                 if wanted:
                     p["exploration"][str(t)] = summary
-                    snapshot(s, t)
+                    snapshot(s, t, save_policy)
             due = [t for t in args.retrain_at if t <= p["env_step"] and t not in p["retrained"]]
             finished = p["env_step"] >= args.online_steps
             if due or finished or p["env_step"] - last_checkpoint >= args.checkpoint_every:
@@ -1684,13 +1748,17 @@ def online(s):
     save_checkpoint(s)
 
 
-def snapshot(s, t):
+def snapshot(s, t, save_policy):
     """What the retraining for time t may need later: the exploration policy and the RND as they stand."""
     save_policy(s, s.explorer, s.path / f"exploration_{t}.pt")
     if s.rnd:
-        save_torch(s.path / f"rnd_{t}.pt", {"script": SCRIPT, "rnd": s.rnd.state_dict()})
+        save_torch(s.path / f"rnd_{t}.pt", {"script": s.script, "rnd": s.rnd.state_dict()})
 
 
+# === end shared block: online phase ===
+
+
+# === phases ===
 def retrain(s, t, outer_rng):
     """Algorithm 1, last line: a separate pessimistic agent, from scratch, on D_off + D_on[:t], task reward only."""
     args, p = s.args, s.progress
@@ -1724,12 +1792,6 @@ def retrain(s, t, outer_rng):
 
 def first(value, default):
     return default if value is None else value
-
-
-def make_rnd(args, obs_dim, device):
-    networks = (mlp((obs_dim, *args.rnd_hidden_dims)) for _ in range(2))
-    return RND(*networks, obs_dim, args.rnd_learning_rate, device, update_proportion=args.rnd_update_proportion,
-               reward=args.rnd_reward)
 
 
 def save_policy(s, agent, path):
@@ -1782,6 +1844,8 @@ def build_explorer(s):
     settings = Settings(args.gamma, args.tau, args.expectile, args.temperature, args.intrinsic_reward_scale,
                         low / (1 - args.gamma), high / (1 - args.gamma))
     s.explore_update = make_update(args, s.buffer, s.explorer, settings, s.rnd)
+    s.choose_action = lambda obs: s.explorer.act(obs, sample=True)
+    s.learn = lambda: s.explore_update(s.buffer.sample(args.batch_size))
 
 
 def main(args):
@@ -1794,7 +1858,7 @@ def main(args):
         if s.progress["phase"] == "pretrain":
             pretrain(s)
         if s.progress["phase"] == "online":
-            online(s)
+            online(s, retrain, save_policy)
         end = () if args.exploit_only else (args.online_steps,)
         columns = {name: s.progress[name] for name in ("exploration", "exploitation")}
         return print_table(s, {*args.retrain_at, *end}, columns)

@@ -62,7 +62,8 @@ class Inner:
 
 
 def test_these_are_all_tasks():
-    assert set(TASKS) == set(ooo.TASKS) == set(ooo.ENVIRONMENTS)
+    offline = {env_id for env_id, task in ooo.ENVIRONMENTS.items() if task.datasets}
+    assert set(TASKS) == set(ooo.TASKS) == offline
 
 
 @each_task

@@ -424,7 +424,7 @@ def test_intrinsic_reward_over_the_last_steps(tiny, session):
     """Figure 3: statistics of the bonus of the latest transitions as the RND stands, unscaled and scaled."""
     tiny(PEN)
     states = []
-    session.spy("snapshot", lambda s, t: states.append((copy.deepcopy(s.rnd), s.buffer, s.offline_size)))
+    session.spy("snapshot", lambda s, t, save_policy: states.append((copy.deepcopy(s.rnd), s.buffer, s.offline_size)))
     session.run("--env-id", PEN, *SMALL, "--online-steps", 60, "--retrain-at", 60, "--retrain-steps", 1,
                 "--intrinsic-reward-scale", 2)
     rnd, buffer, offline = states[0]
