@@ -20,19 +20,25 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Which scripts hold which block. A new script adds its name here, in every block that it holds.
 BLOCKS = {
-    "command line": {"iql_ooo.py"},
-    "run directory and metrics": {"iql_ooo.py"},
-    "environments": {"iql_ooo.py"},
-    "dataset": {"iql_ooo.py"},
-    "replay buffer": {"iql_ooo.py"},
-    "optimizer": {"iql_ooo.py"},
-    "networks": {"iql_ooo.py"},
-    "rnd": {"iql_ooo.py"},
-    "evaluation": {"iql_ooo.py"},
-    "checkpoints": {"iql_ooo.py"},
-    "session": {"iql_ooo.py"},
-    "pretraining": {"iql_ooo.py"},
-    "retraining": {"iql_ooo.py"},
+    "experiment arguments": {"iql_ooo.py", "calql_ooo.py"},
+    "data arguments": {"iql_ooo.py", "calql_ooo.py"},
+    "rnd arguments": {"iql_ooo.py", "calql_ooo.py"},
+    "logging arguments": {"iql_ooo.py", "calql_ooo.py"},
+    "command line": {"iql_ooo.py", "calql_ooo.py"},
+    "run directory and metrics": {"iql_ooo.py", "calql_ooo.py"},
+    "environments": {"iql_ooo.py", "calql_ooo.py"},
+    "dataset": {"iql_ooo.py", "calql_ooo.py"},
+    "replay buffer": {"iql_ooo.py", "calql_ooo.py"},
+    "optimizer": {"iql_ooo.py", "calql_ooo.py"},
+    "networks": {"iql_ooo.py", "calql_ooo.py"},
+    "rnd": {"iql_ooo.py", "calql_ooo.py"},
+    "compiled updates": {"iql_ooo.py", "calql_ooo.py"},
+    "evaluation": {"iql_ooo.py", "calql_ooo.py"},
+    "checkpoints": {"iql_ooo.py", "calql_ooo.py"},
+    "session": {"iql_ooo.py", "calql_ooo.py"},
+    "pretraining": {"iql_ooo.py", "calql_ooo.py"},
+    "online phase": {"iql_ooo.py", "calql_ooo.py"},
+    "retraining": {"iql_ooo.py", "calql_ooo.py"},
 }
 
 FENCE = re.compile(r"# === (end )?shared block: (\S.*\S|\S) ===\n")
