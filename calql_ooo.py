@@ -152,17 +152,17 @@ class Args:
     """Online phase: environment steps; after each trajectory as many gradient steps as it has."""
     retrain_at: tuple[int, ...] = (250_000, 500_000, 750_000, 1_000_000)
     """Environment steps t for which an exploitation policy is trained on D_off + D_on[:t]; empty for none."""
-    retrain_steps: int = 1_000_000
-    """Gradient steps of one retraining."""
     eval_every: int = 50_000
-    """Steps of the phase under way between evaluations."""
+    """Steps of the phase under way between evaluations (official code: 5,000)."""
     eval_episodes: Annotated[int, tyro.conf.arg(aliases=["--episodes"])] = 100
     """Episodes of one evaluation."""
+    retrain_steps: int = 1_000_000
+    """Gradient steps of one retraining."""
     # --- optimisation ---
-    batch_size: int = 256
-    """Transitions of one gradient step."""
     offline_ratio: float = 0.5
     """Share of offline transitions in the batches of the online phase (mixing ratio)."""
+    batch_size: int = 256
+    """Transitions of one gradient step, without retrain_upsample."""
     learning_rate: float = 3e-4
     """Adam's rate for the critics (and the Lagrange multiplier)."""
     actor_learning_rate: float = 1e-4

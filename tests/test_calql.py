@@ -7,6 +7,7 @@ What the shared blocks do is tested on iql_ooo.py; here is what only this script
 import copy
 import json
 import math
+import shutil
 import signal
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -178,3 +179,660 @@ def test_original_bound_equals_upstream():
     replay("calql", "calql_upstream", bound_uniform_actions=False)
     with pytest.raises(AssertionError, match="loss_gradient"):
         replay("calql", "calql_upstream")
+
+
+# === Monte-Carlo returns ===
+
+RETURNS, RETURNS_HYPER = read("return_to_go")
+
+
+@pytest.mark.parametrize("branch", RETURNS_HYPER["branches"])
+def test_return_to_go_equals_the_authors(branch):
+    """Also the rule for sparse trajectories without success, and the kitchen's for what follows the last reward."""
+    flags = RETURNS_HYPER["branches"][branch]
+    raw = (-1.0 if "binary" in branch else 0.0) if flags["is_sparse_reward"] else None
+    negative = None if raw is None else raw * flags["reward_scale"] + flags["reward_bias"]
+    for i in range(3):
+        rewards, ends = (RETURNS[f"{branch}/{i}/{name}"].astype(np.float64) for name in ("rewards", "terminals"))
+        for gamma in RETURNS_HYPER["gammas"]:
+            got = ooo.return_to_go(rewards, ends, gamma, negative, flags["infinite_horizon"])
+            np.testing.assert_allclose(got, RETURNS[f"{branch}/{i}/return_to_go_gamma{gamma}"], rtol=1e-5, atol=1e-5)
+
+
+def columns(rewards, episodes, observations, terminations=None):
+    """Columns of transitions between the given observations; next_observations are 1 higher."""
+    observations = np.array(observations, np.float32)[:, None]
+    return dict(observations=observations, actions=np.zeros_like(observations), next_observations=observations + 1,
+                rewards=np.array(rewards, np.float32), episodes=np.array(episodes, np.float32),
+                terminations=np.zeros(len(rewards), np.float32) if terminations is None else
+                np.array(terminations, np.float32))
+
+
+def torches(data):
+    return {name: torch.from_numpy(value) for name, value in data.items()}
+
+
+def test_returns_end_where_a_trajectory_ends():
+    """At another episode, and where a transition is missing (discs, subsets)."""
+    data = columns([1, 2, 4, 8, 16, 32], [0, 0, 0, 0, 1, 1], [0, 1, 5, 6, 7, 8])
+    args = ooo.Args(gamma=0.5)
+    assert ooo.trajectory_starts(torches(data)).tolist() == [0, 2, 4]
+    np.testing.assert_allclose(ooo.monte_carlo_returns(args, torches(data)), [2, 2, 8, 8, 32, 32])
+    kitchen = replace(args, infinite_horizon=True, reward_bias=1.0, reward_scale=2.0)  # (r + 1) 2
+    want = [4 + 6, 6 + 6, 10 + 18, 18 + 18, 34 + 66, 66 + 66]
+    np.testing.assert_allclose(ooo.monte_carlo_returns(kitchen, torches(data)), want)
+    sparse = columns([-1, -1, -1, 0], [0, 0, 1, 1], [0, 1, 2, 3])
+    got = ooo.monte_carlo_returns(replace(args, negative_reward=-1.0, reward_bias=0.5, reward_scale=10.0),
+                                  torches(sparse))
+    np.testing.assert_allclose(got, [-10, -10, -5 + 2.5, 5])
+
+
+def test_a_shuffled_subset_has_trajectories_of_one_step():
+    data = columns([0, 0, 1], [0, 0, 0], [2, 0, 1])
+    assert ooo.trajectory_starts(torches({k: v[[0, 2, 1]] for k, v in data.items()})).tolist() == [0, 1, 2]
+
+
+def test_only_successful_episodes_up_to_their_last_success():
+    data = columns([-1, 0, -1, 0, -1, -1, -1, 0], [0, 0, 0, 0, 0, 1, 1, 2], [0, 1, 2, 3, 4, 0, 1, 0])
+    kept, report = ooo.prepare_data(ooo.Args(successful_only=True, negative_reward=-1.0, gamma=0.5), data)
+    assert kept["rewards"].tolist() == [-1, 0, -1, 0, 0] and kept["episodes"].tolist() == [0, 0, 0, 0, 2]
+    assert kept["terminations"].tolist() == [0, 1, 0, 1, 1]
+    assert kept["mc_returns"].tolist() == [-1, 0, -1, 0, 0] and not kept["intrinsic_returns"].any()
+    assert report["kept_of_successful_episodes"] == 5
+    with pytest.raises(SystemExit):
+        ooo.prepare_data(ooo.Args(successful_only=True), columns([-1], [0], [0]))
+
+
+def test_ends_of_truncated_demonstrations_are_terminal():
+    data = columns([1, 1, 1, 1], [0, 0, 1, 1], [0, 1, 0, 1])
+    kept, _ = ooo.prepare_data(ooo.Args(terminate_offline_ends=True, infinite_horizon=True), data)
+    assert kept["terminations"].tolist() == [0, 1, 0, 1] and kept["mc_returns"][1] == 1
+
+
+# === the conservative term ===
+
+
+def sample_q(seed=0, n=3, batch=4):
+    g = torch.Generator().manual_seed(seed)
+    return (torch.randn(2, batch, generator=g), torch.randn(2, 3 * n, batch, generator=g),
+            torch.randn(3 * n, batch, generator=g), ooo.Settings(0.0, cql_actions=n))
+
+
+@pytest.mark.parametrize("sampling", [True, False])
+@pytest.mark.parametrize("calibrate", [True, False])
+@pytest.mark.parametrize("uniform", [True, False])
+def test_conservative_term(sampling, calibrate, uniform):
+    """Against loops over critics, states and actions."""
+    q_data, q, densities, settings = sample_q()
+    bounds = torch.tensor([-1.0, 0.0, 0.5, 9.0])
+    settings = replace(settings, cql_importance_sampling=sampling, calibrate=calibrate, bound_uniform_actions=uniform)
+    gap, rate_uniform, rate_policy = ooo.conservative_term(q_data, q, densities, bounds, settings)
+    for member in range(2):
+        total = 0.0
+        for i in range(4):
+            terms = [] if sampling else [math.exp(q_data[member, i])]
+            for j in range(9):
+                value = q[member, j, i].item()
+                if calibrate and (uniform or j >= 3):
+                    value = max(value, bounds[i].item())
+                terms.append(math.exp(value - (densities[j, i].item() if sampling else 0.0)))
+            total += math.log(sum(terms)) - q_data[member, i].item()
+        assert gap[member].item() == pytest.approx(total / 4, rel=1e-5)
+    assert rate_uniform.item() == pytest.approx((q[:, :3] < bounds).float().mean().item())
+    assert rate_policy.item() == pytest.approx((q[:, 3:] < bounds).float().mean().item())
+
+
+def test_nothing_is_pushed_down_below_the_return():
+    """MC returns above all Q: both rates are 1, and the sampled actions' Q have no gradient; the data's go up."""
+    q_data, q, densities, settings = sample_q()
+    q_data, q = q_data.requires_grad_(), q.requires_grad_()
+    gap, *rates = ooo.conservative_term(q_data, q, densities, torch.full((4,), 100.0), settings)
+    assert [rate.item() for rate in rates] == [1.0, 1.0]
+    gap.sum().backward()
+    assert not q.grad.any() and (q_data.grad < 0).all()
+    q.grad = None
+    original = replace(settings, bound_uniform_actions=False)
+    ooo.conservative_term(q_data, q, densities, torch.zeros(4) + 3, original)[0].sum().backward()
+    assert (q.grad[:, :3] > 0).all() and not q.grad[:, 3:].any()  # the uniform actions are still pushed down
+
+
+def agent_and_batch(batch=16, **options):
+    torch.manual_seed(0)
+    agent = ooo.Agent(5, 2, (8, 8), (8, 8), CPU, **options)
+    data = {"observations": torch.randn(batch, 5), "actions": torch.rand(batch, 2) * 2 - 1,
+            "rewards": torch.randn(batch), "masks": torch.ones(batch), "next_observations": torch.randn(batch, 5),
+            "lower_bounds": torch.full((batch,), -100.0)}
+    return agent, data, ooo.draw_noise(data["actions"], 10, 10)
+
+
+def test_the_improved_bound_changes_the_loss():
+    agent, batch, noise = agent_and_batch()
+    batch["lower_bounds"] = torch.full((16,), 1.0)
+    losses = [ooo.calql_losses(agent, batch, ooo.Settings(-2.0, bound_uniform_actions=uniform), noise)
+              for uniform in (True, False)]
+    assert losses[0][1] > losses[1][1] + 0.1 and losses[0][0] == losses[1][0]
+    assert losses[0][2]["losses/bound_rate_uniform"] == 1
+
+
+@pytest.mark.parametrize(("gap", "grows"), [(-50.0, True), (50.0, False)])
+def test_lagrange_multiplier(gap, grows):
+    """It grows while the conservative term is above its target, and shrinks below."""
+    agent, batch, noise = agent_and_batch(lagrange=True)
+    settings = ooo.Settings(-2.0, cql_target_gap=gap)
+    *losses, info = ooo.calql_losses(agent, batch, settings, noise)
+    assert info["losses/alpha_prime_value"].item() == pytest.approx(math.e)
+    agent.step(*ooo.gradients(agent, *losses), settings.tau)
+    assert (agent.log_alpha_prime.item() > 1) == grows
+
+
+def test_one_loss_moves_one_part():
+    """The policy's gradient stops at the actions of the conservative term and at the critics' weights."""
+    agent, batch, noise = agent_and_batch()
+    policy_loss, critic_loss, _ = ooo.calql_losses(agent, batch, ooo.Settings(-2.0), noise)
+    found = torch.autograd.grad(critic_loss, agent.policy_parameters, allow_unused=True, retain_graph=True)
+    assert all(g is None for g in found)
+    assert torch.autograd.grad(policy_loss, agent.log_alpha)[0] is not None
+    assert not any(p.requires_grad for p in agent.critic_target.parameters())
+
+
+def test_target():
+    """Best of the next actions by the smaller critic, clipped, then discounted; the bonus comes on top of it."""
+    agent, batch, noise = agent_and_batch()
+    agent.q_bounds.copy_(torch.tensor([-0.001, 0.001]))
+    batch["masks"][::2] = 0
+    settings = ooo.Settings(-2.0, gamma=0.9, cql_alpha=0.0, intrinsic_reward_scale=3.0)
+    bonus = torch.rand(16)
+    _, loss, info = ooo.calql_losses(agent, batch, settings, noise, bonus)
+    with torch.no_grad():
+        mean, log_std = agent.actor(batch["next_observations"])
+        actions = (mean + log_std.exp() * noise["target"]).tanh()
+        q = torch.stack([agent.critic_target(batch["next_observations"], a[None])[:, 0].amin(0) for a in actions])
+        best = q.amax(0).clamp(-0.001, 0.001)
+        target = batch["rewards"] + 0.9 * batch["masks"] * best + 3 * bonus
+        want = (agent.critic(batch["observations"], batch["actions"][None])[:, 0] - target).square().mean(1).sum()
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+    assert (q.amax(0).abs() > 0.001).any() and info["losses/next_q_mean"].item() == pytest.approx(best.mean().item())
+
+
+def test_feature_normalisation_reaches_the_network():
+    """Features are of length 1: their scale does not matter any more. Without it, it does."""
+    for unit, same in ((True, True), (False, False)):
+        agent, batch, _ = agent_and_batch(unit_features=unit)
+        before = agent.critic(batch["observations"], batch["actions"][None])
+        with torch.no_grad():
+            agent.critic.weights[-2] *= 7
+        after = agent.critic(batch["observations"], batch["actions"][None])
+        assert torch.allclose(before, after, rtol=1e-4) == same
+
+
+def test_density_of_the_squashed_gaussian():
+    """It integrates to 1 over (-1, 1), for narrow and wide Gaussians."""
+    actions = torch.linspace(-1, 1, 200_001, dtype=torch.float64)[1:-1]
+    for mean, log_std in ((0.0, 0.0), (1.0, -2.0), (-0.5, 0.7)):
+        noise = ((actions.atanh() - mean) / math.exp(log_std))[:, None, None]
+        got, log_prob = ooo.squashed_sample(torch.full((1, 1), mean).double(), torch.full((1, 1), log_std).double(),
+                                            noise)
+        assert torch.allclose(got[:, 0, 0], actions)
+        assert log_prob.exp().sum().item() * 1e-5 == pytest.approx(1, abs=2e-3)
+
+
+def test_first_weights():
+    """Last layers start small, orthogonal with gain 0.01; policy and target critics as the official code has them."""
+    agent = ooo.Agent(5, 2, (8, 8), (16, 8), CPU)
+    for last in (agent.actor.net[-1].weight, *(w.T for w in agent.critic.weights[-1])):
+        torch.testing.assert_close(last @ last.T, 1e-4 * torch.eye(len(last)))
+    assert (agent.log_alpha.item(), agent.actor.log_std_offset.item()) == (0.0, -1.0)
+    assert all(map(torch.equal, agent.critic.parameters(), agent.critic_target.parameters()))
+    mean, log_std = agent.actor(torch.zeros(1, 5))
+    assert not mean.any() and (log_std == -1).all()
+
+
+
+
+def train(modes=(), updates=4):
+    """Parameters and losses after updates of make_update on the same rows: RND, intrinsic bound, Lagrange, bounds."""
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("highest")
+    args = ooo.Args(rnd_hidden_dims=(8, 8, 8), intrinsic_bound=True, cql_target_gap=0.8, hidden_dims=(16, 16),
+                    critic_hidden_dims=(16, 16), cql_actions=3, **dict.fromkeys(modes, True))
+    shapes = dict(observations=(6,), actions=(3,), rewards=(), next_observations=(6,), terminations=(), episodes=(),
+                  mc_returns=(), intrinsic_returns=())
+    buffer = ooo.ReplayBuffer(shapes, 100, CPU)
+    buffer.data.copy_(torch.randn(100, buffer.data.shape[1]).clamp(-0.9, 0.9))
+    agent = ooo.make_agent(args, 6, 3, CPU, unit_features=True)
+    agent.q_bounds.copy_(torch.tensor([-9.0, 9.0]))
+    rnd = ooo.make_rnd(args, 6, CPU, reward_before_step=True)
+    update = ooo.make_update(args, buffer, agent, ooo.make_settings(args, 3), rnd)
+    losses = []
+    for start in range(updates):
+        torch.manual_seed(start)
+        losses.append({k: v.item() for k, v in update(buffer.data[16 * start : 16 * start + 16]).items()})
+    return {**agent.state_dict(), **{f"rnd.{k}": v for k, v in rnd.state_dict().items()}}, losses
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="no C++ compiler")
+def test_compiled_update_equals_eager():
+    (state, losses), (eager, eager_losses) = train(["compile"]), train()
+    for name, value in eager.items():
+        torch.testing.assert_close(state[name], value, rtol=1e-4, atol=3e-5, msg=lambda text, n=name: f"{n}: {text}")
+    for step, (a, b) in enumerate(zip(losses, eager_losses, strict=True)):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-5), step
+
+
+# === batches ===
+
+
+def test_batches_have_fixed_numbers_of_offline_rows():
+    buffer = ooo.ReplayBuffer(dict(rewards=()), 100, CPU)
+    buffer.extend(dict(rewards=np.arange(100, dtype=np.float32)))
+    extra = torch.tensor([7, 8])
+
+    def draw(size, ratio, k=0):
+        return ooo.mixed_rows(buffer, 60, size, 40, ratio, extra, k)[:, 0]
+
+    for ratio, want in ((0.25, 10), (0.5, 20), (1.0, 40), (0.0, 0), (None, 30)):  # None: 60 of 80
+        for _ in range(20):
+            rows = draw(80, ratio)
+            assert len(rows) == 40 and (rows < 60).sum() == want and rows.max() < 80
+    assert (draw(60, 0.25) < 60).all()  # nothing online yet
+    rows = draw(80, 0.5, 16)
+    assert len(rows) == 56 and set(rows[-16:].tolist()) == {7.0, 8.0}
+
+
+def test_bounds_widen():
+    bounds = torch.tensor([-1.0, 1.0])
+    ooo.widen(bounds, torch.tensor([-0.3, 0.1]), 0.9)
+    assert bounds.tolist() == pytest.approx([-3.0, 1.0])
+    half = torch.tensor([-float("inf"), 1.0])
+    ooo.widen(half, torch.tensor([-0.3, 0.2]), 0.9)
+    assert half.tolist() == pytest.approx([-float("inf"), 2.0])
+
+
+def test_reasons_to_stop():
+    def reason(q, gap=0.0, share=0.2):
+        return ooo.reason_to_stop({"losses/q_mean": q, "losses/cql": gap}, 5.0, 100.0, share)
+
+    assert reason(-14.0) is None and "fell" in reason(-16.0) and reason(-16.0, share=0.0) is None
+    assert reason(5.0, 99.0) is None and "exceeds" in reason(5.0, 101.0) and reason(5.0, 101.0, share=0.0) is None
+
+
+# === arguments ===
+
+
+def parse(*words):
+    return ooo.parse_args([str(word) for word in words])
+
+
+def test_task_settings():
+    """Tables of the reference: networks, weight, gap, importance sampling, steps, mixing, reward, bonus, upsampling."""
+    table = {
+        "binary": ((512, 512), (512,) * 3, 1.0, None, True, 20_000, 1_000_000, 0.5, (10, 5), 0.5, 500_000, 0),
+        "kitchen": ((512,) * 3, (512,) * 3, 5.0, None, False, 500_000, 4_000_000, 0.25, (1, -5), 10.0, 1_000_000, 0),
+        "antmaze": ((256, 256), (256,) * 4, 5.0, 0.8, True, 1_000_000, 2_000_000, 0.5, (10, -5), 50.0, 1_000_000, 0),
+        "maze2d": ((256, 256), (256,) * 4, 5.0, 0.8, True, 500_000, 1_000_000, 0.5, (10, -5), 10.0, 1_000_000, 32),
+        "hammer": ((512, 512), (512,) * 3, 1.0, None, True, 20_000, 1_000_000, 0.5, (1, 0), 0.5, 1_000_000, 32),
+    }
+    for env_id in ooo.TASKS:
+        args = parse("--env-id", env_id)
+        (want,) = [row for name, row in table.items() if name in env_id]
+        assert (args.hidden_dims, args.critic_hidden_dims, args.cql_alpha, args.cql_target_gap,
+                args.cql_importance_sampling, args.offline_steps, args.online_steps, args.offline_ratio,
+                (args.reward_scale, args.reward_bias * args.reward_scale), args.intrinsic_reward_scale,
+                args.retrain_steps, args.retrain_upsample) == want, env_id
+        assert (args.learning_rate, args.actor_learning_rate, args.tau, args.gamma, args.batch_size) == (
+            3e-4, 1e-4, 0.005, 0.99, 256)
+        assert args.rnd_hidden_dims == (512, 512, 512) and args.calibrate and args.bound_uniform_actions
+        assert not args.backup_entropy and args.max_target_backup and not args.intrinsic_bound
+        assert args.retrain_feature_norm and args.retrain_q_bounds and args.infinite_horizon == ("kitchen" in env_id)
+    assert parse("--env-id", "kitchen-complete-v0").retrain_critic_hidden_dims == (256, 256, 256)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--retrain-at", "2000000"], "2000000"),
+        (["--retrain-at", "5", "5"], "5 5"),
+        (["--offline-ratio", "1.5"], "--offline-ratio"),
+        (["--retrain-offline-ratio", "-0.1"], "--retrain-offline-ratio"),
+        (["--intrinsic-bound", "--intrinsic-reward-scale", "0"], "--intrinsic-bound"),
+        (["--intrinsic-bound", "--no-calibrate"], "--intrinsic-bound"),
+        (["--q-reward-bounds", "1", "0"], "--q-reward-bounds"),
+        (["--cql-actions", "0"], "--cql-actions"),
+        (["--cql-alpha", "-1"], "--cql-alpha"),
+        (["--retrain-early-stop", "-1"], "--retrain-early-stop"),
+        (["--intrinsic-returns-every", "0"], "--intrinsic-returns-every"),
+        (["--cudagraphs", "--device", "cpu"], "--cudagraphs"),
+    ],
+)
+def test_values_that_cannot_work(words, named, capsys):
+    with pytest.raises(SystemExit) as stop:
+        ooo.check_args(parse(*words))
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and named in err
+
+
+# === runs ===
+
+TINY = [*SMALL, "--critic-hidden-dims", "16", "16", "--rnd-hidden-dims", "16", "16", "16", "--cql-actions", "2",
+        "--retrain-critic-hidden-dims", "12", "12", "--intrinsic-returns-every", "50"]
+
+
+@pytest.fixture
+def session(monkeypatch, in_tmp):
+    """run(*words) -> (result, agents in the order in which they were built, settings and arguments of the updates)."""
+    agents, updates = [], []
+    build, make_update = ooo.Agent.__init__, ooo.make_update
+
+    def init(agent, *args, **options):
+        build(agent, *args, **options)
+        agents.append((agent, copy.deepcopy(agent.state_dict())))
+
+    def remember(args, buffer, agent, settings, rnd=None):
+        updates.append((args, settings, rnd, buffer))
+        return make_update(args, buffer, agent, settings, rnd)
+
+    monkeypatch.setattr(ooo.Agent, "__init__", init)
+    monkeypatch.setattr(ooo, "make_update", remember)
+    for env_id, task in ooo.ENVIRONMENTS.items():
+        monkeypatch.setitem(ooo.ENVIRONMENTS, env_id, replace(task, horizon=12 if task.family == "kitchen" else 30))
+
+    def run(*words):
+        agents.clear()
+        updates.clear()
+        return ooo.main(parse(*words)), agents, updates
+
+    return run
+
+
+def directory(env_id, name="calql_ooo"):
+    return Path("runs") / f"{env_id}__{name}__1"
+
+
+def metrics(run, phase=None):
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [r for r in records if phase in (None, r["phase"])]
+
+
+@pytest.mark.parametrize("env_id", ooo.TASKS)
+def test_all_phases(env_id, tiny, session):
+    """Finite losses everywhere, all networks move, and each phase has its own rewards, bounds and Q functions."""
+    tiny(env_id)
+    times = [40, 80]
+    rows, agents, updates = session("--env-id", env_id, *TINY, "--offline-steps", 30, "--online-steps", 80,
+                                    "--retrain-at", *times, "--retrain-steps", 25)
+    run, args = directory(env_id), parse("--env-id", env_id, *TINY)
+    assert [row["env_step"] for row in rows] == times and all(row["exploration"] and row["exploitation"] for row in rows)
+    for record in metrics(run):
+        assert all(isinstance(value, str | bool) or math.isfinite(value) for value in record.values()), record
+    shared = {"critic", "actor", "alpha", "alpha_value", "entropy", "q_mean", "next_q_mean", "cql",
+              "bound_rate_uniform", "bound_rate_policy"} | ({"alpha_prime", "alpha_prime_value"}
+                                                            if args.cql_target_gap else set())
+    for phase, more in (("pretrain", {"rnd"}), ("online", {"rnd"}), ("retrain", set())):
+        logged = [r for r in metrics(run, phase) if "losses/critic" in r]
+        assert logged and {n for n in logged[-1] if n.startswith("losses")} == {f"losses/{n}" for n in shared | more}
+    assert len(agents) == 3
+    for agent, first in agents:
+        state = agent.state_dict()
+        assert [name for name in state if torch.equal(state[name], first[name])] in ([], ["q_bounds"])
+
+    (explore_args, explore, rnd, buffer), *exploit = updates
+    assert explore.calibrate and rnd is not None and rnd.reward_before_step
+    assert explore.intrinsic_reward_scale == args.intrinsic_reward_scale
+    assert [tuple(w.shape[1:]) for w in agents[0][0].critic.weights][1:] == [(16, 16), (16, 1)]
+    offline = len(buffer.data) - 80
+    raw = buffer.split(buffer.data)["rewards"]
+    for t, (agent, _), (learnt, settings, no_rnd, _) in zip(times, agents[1:], exploit, strict=True):
+        assert not settings.calibrate and no_rnd is None and agent.critic.unit_features
+        assert [tuple(w.shape[1:]) for w in agent.critic.weights][1:] == [(12, 12), (12, 1)]
+        scaled = (raw[: offline + t] + learnt.reward_bias) * learnt.reward_scale / (1 - 0.99)
+        assert agent.q_bounds.tolist() == pytest.approx([scaled.min().item(), scaled.max().item()], rel=1e-4)
+    family = ooo.ENVIRONMENTS[env_id].family
+    want = {"hammer": (0.01, 0.0, None), "kitchen": (1.0, -4.0, 4.0), "antmaze": (10.0, -0.5, None),
+            "maze2d": (10.0, -0.5, None)}.get(family, (10.0, 0.5, None))
+    assert (learnt.reward_scale, learnt.reward_bias, learnt.mask_reward) == want
+    assert explore_args.mask_reward is None
+
+    # A saved policy is the agent's.
+    act, content = ooo.load_policy(run / f"exploitation_{times[-1]}.pt")
+    obs = np.ones(content["obs_dim"], np.float32)
+    np.testing.assert_array_equal(act(obs), agents[-1][0].act(obs, sample=False))
+    # Every online step was stored, with the return that its trajectory had.
+    chunks = [np.load(path) for path in sorted((run / "replay").iterdir())]
+    online = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
+    assert len(online["rewards"]) == 80
+    returns = ooo.monte_carlo_returns(args, torches(online))
+    np.testing.assert_allclose(online["mc_returns"], returns, rtol=1e-5)
+    if family == "pen":
+        assert returns[0] == pytest.approx(-500) if not (online["rewards"][:30] == 0).any() else True
+    if args.q_reward_bounds:  # widened to what was observed, or as given
+        scaled = (online["rewards"] + args.reward_bias) * args.reward_scale
+        low, high = args.q_reward_bounds
+        want = [min(low, scaled.min()) / (1 - 0.99), max(high, scaled.max()) / (1 - 0.99)]
+        assert agents[0][0].q_bounds.tolist() == pytest.approx(want, rel=1e-4)
+
+
+def test_as_many_updates_as_steps(tiny, session, monkeypatch):
+    """A trajectory is collected with a policy that stands still; offline rows have their share of each batch."""
+    tiny(PEN)
+    sizes, offline_rows = [], []
+    mixed = ooo.mixed_rows
+
+    def watch(buffer, offline_size, size, *rest):
+        rows = mixed(buffer, offline_size, size, *rest)
+        sizes.append(size - offline_size)
+        first_online = buffer.split(buffer.data)["episodes"][offline_size]
+        offline_rows.append(int((buffer.split(rows)["episodes"] < first_online).sum()))
+        return rows
+
+    monkeypatch.setattr(ooo, "mixed_rows", watch)
+    session("--env-id", PEN, *TINY, "--online-steps", 75, "--retrain-at", "--offline-ratio", 0.25)
+    assert sizes == [30] * 30 + [60] * 30 + [75] * 15 and set(offline_rows) == {4}
+    assert metrics(directory(PEN), "online")[-1]["grad_step"] == 30 + 75
+
+
+def test_success_ends_an_episode(tiny, session, monkeypatch):
+    """In training, not in evaluation; the return of the last step is its reward."""
+    tiny(PEN)
+    step = ooo.TaskEnv.step
+
+    def lucky(env, action):
+        obs, reward, terminated, truncated, info = step(env, action)
+        env.count = 1 if truncated else getattr(env, "count", 0) + 1
+        if env.count % 7 == 0:
+            reward, info = 0.0, {"success": True}
+        return obs, reward, terminated, truncated, info
+
+    monkeypatch.setattr(ooo.TaskEnv, "step", lucky)
+    session("--env-id", PEN, *TINY, "--online-steps", 21, "--retrain-at", "--offline-steps", 1)
+    episodes = [r for r in metrics(directory(PEN), "online") if "charts/episodic_length" in r]
+    assert [r["charts/episodic_length"] for r in episodes] == [7, 7, 7]
+    with np.load(directory(PEN) / "replay" / "online-000000000-000000021.npz") as chunk:
+        assert np.flatnonzero(chunk["terminations"]).tolist() == [6, 13, 20]
+        np.testing.assert_allclose(chunk["mc_returns"][4:7], [-5 + 0.99 * (-5 + 0.99 * 5), -5 + 0.99 * 5, 5], rtol=1e-6)
+    lengths = [e["length"] for line in (directory(PEN) / "evals.jsonl").read_text().splitlines()
+               for e in json.loads(line)["episodes"]]
+    assert set(lengths) == {30}
+
+
+def test_intrinsic_returns(tiny, session, monkeypatch):
+    """Computed anew at the stated steps, for all transitions, with the RND of that moment; in the bound if asked for."""
+    tiny(PEN)
+    refreshed, bounds = [], []
+    refresh, update = ooo.IntrinsicReturns.refresh, ooo.calql_update
+
+    def watch(self):
+        refresh(self)
+        s = self.s
+        batch = s.buffer.split(s.buffer.data[: s.buffer.size])
+        rewards = s.rnd.intrinsic_rewards(batch["next_observations"]).double()
+        last = len(rewards) - 1  # the end of a trajectory: its own reward; the one before adds the discounted last
+        assert batch["intrinsic_returns"][last].item() == pytest.approx(rewards[last].item(), rel=1e-5)
+        want = (rewards[last - 1] + 0.99 * rewards[last]).item()
+        assert batch["intrinsic_returns"][last - 1].item() == pytest.approx(want, rel=1e-5)
+        refreshed.append((s.progress["grad_step"], s.buffer.size - s.offline_size))
+
+    def spy(agent, batch, settings, bonus):
+        bounds.append((batch["lower_bounds"] - batch["mc_returns"], batch["intrinsic_returns"]))
+        return update(agent, batch, settings, bonus)
+
+    monkeypatch.setattr(ooo.IntrinsicReturns, "refresh", watch)
+    monkeypatch.setattr(ooo, "calql_update", spy)
+    words = ["--env-id", PEN, *TINY, "--offline-steps", 60, "--online-steps", 60, "--retrain-at",
+             "--intrinsic-reward-scale", 2]
+    session(*words)
+    assert refreshed == [(0, 0), (50, 0), (100, 60)]  # gradient step 100 belongs to the second trajectory
+    assert all(not added.any() for added, _ in bounds)
+    logged = [r for r in metrics(directory(PEN)) if "rnd/intrinsic_return_mean" in r]
+    assert [r["grad_step"] for r in logged] == [0, 50, 100] and all(r["rnd/intrinsic_return_mean"] > 0 for r in logged)
+    bounds.clear()
+    session(*words, "--intrinsic-bound", "--exp-name", "in_bound")
+    for added, intrinsic in bounds:
+        torch.testing.assert_close(added, 2 * intrinsic, rtol=1e-3, atol=1e-3)
+    assert any(added.any() for added, _ in bounds)
+
+
+def test_without_intrinsic_reward_there_is_no_rnd(tiny, session):
+    tiny(PEN)
+    _, _, updates = session("--env-id", PEN, *TINY, "--intrinsic-reward-scale", 0, "--online-steps", 30,
+                            "--retrain-at", 30, "--retrain-steps", 3)
+    assert updates[0][2] is None and not list(directory(PEN).glob("rnd_*"))
+    assert not any("rnd" in name for record in metrics(directory(PEN)) for name in record)
+
+
+def test_upsampling_comes_on_top(tiny, session, monkeypatch):
+    tiny("maze2d-missing-data-large-v1")
+    sizes = []
+    mixed = ooo.mixed_rows
+
+    def watch(*args):
+        rows = mixed(*args)
+        sizes.append(len(rows))
+        return rows
+
+    monkeypatch.setattr(ooo, "mixed_rows", watch)
+    words = ["--env-id", "maze2d-missing-data-large-v1", *TINY, "--offline-steps", 1, "--online-steps", 5,
+             "--retrain-at", 5, "--retrain-steps", 4]
+    session(*words, "--upsample-reward", 0)
+    session(*words, "--exp-name", "none")  # no success in the data: uniform sampling
+    assert sizes == [16] * 5 + [48] * 4 + [16] * 5 + [16] * 4
+
+
+def test_early_stop(tiny, session, monkeypatch, capsys):
+    """It says why in the metrics and on the terminal, evaluates once more, and the run goes on."""
+    tiny(PEN)
+    words = ["--env-id", PEN, *TINY, "--offline-steps", 2, "--online-steps", 40, "--retrain-at", 20, 40,
+             "--retrain-steps", 30, "--log-every", 5, "--retrain-early-stop", 1e-9]
+    monkeypatch.setattr(ooo, "reason_to_stop", lambda means, peak, q_range, share:
+                        "enough" if peak >= means["losses/q_mean"] and q_range == pytest.approx(1000) else None)
+    rows, *_ = session(*words)
+    for t in (20, 40):
+        records = [r for r in metrics(directory(PEN), "retrain") if r["env_step"] == t]
+        assert [r["early_stop"] for r in records if "early_stop" in r] == ["enough"]
+        assert records[-1]["grad_step"] == 5 and "eval/return" in records[-1]
+    assert rows[1]["exploitation"] and "enough" in capsys.readouterr().out
+
+
+def test_exploit_only_and_eval_only(tiny, session):
+    """The same settings repeat the retraining exactly; others change it."""
+    tiny(PEN)
+    session("--env-id", PEN, *TINY, "--online-steps", 60, "--retrain-at", 20, 60)
+    source = directory(PEN)
+    again, *_ = session("--exploit-only", source, "--exp-name", "again")
+    assert metrics(directory(PEN, "again")) == metrics(source, "retrain")
+    assert again == json.loads((source / "results.json").read_text())["rows"]
+    for words in (["--no-retrain-feature-norm"], ["--no-retrain-q-bounds"], ["--retrain-offline-ratio", 1]):
+        session("--exploit-only", source, "--exp-name", words[0][5:], "--retrain-at", 60, *words)
+        policies = [torch.load(run / "exploitation_60.pt", weights_only=True)["agent"]
+                    for run in (source, directory(PEN, words[0][5:]))]
+        assert not torch.equal(policies[0]["critic.weights.0"], policies[1]["critic.weights.0"]), words
+    summary = ooo.main(parse("--eval-only", source, "--episodes", 2))
+    assert summary["eval/episodes"] == 2 and (source / "exploitation_60_eval.json").exists()
+
+
+# === a process of its own: resume and errors ===
+
+RUN = ["--env-id", PEN, *TINY, *"""--offline-steps 15 --online-steps 110 --retrain-at 70 110 --retrain-steps 12
+--log-every 7 --checkpoint-every 5 --intrinsic-returns-every 8 --intrinsic-bound --q-reward-bounds -1 0.5
+--cql-target-gap 0.8 --retrain-early-stop 9""".split()]
+MOMENTS = {
+    "pretraining": ("os.rename", "/checkpoint.pt", 3),
+    "online, between a chunk of data and its checkpoint": ("os.rename", "/checkpoint.pt", 4),
+    "retraining, after a checkpoint": ("os.rename", "/checkpoint.pt", 6),
+    "retraining, between the policy and its checkpoint": ("os.rename", "/checkpoint.pt", 7),
+    "online again": ("os.rename", "/rnd_110.pt", 1),
+    "before the table": ("os.rename", "/results.json", 1),
+}
+
+
+@pytest.fixture(scope="module")
+def calql_box(tmp_path_factory):
+    box = Box(tmp_path_factory.mktemp("calql"), script="calql_ooo.py")
+    yield box
+    box.stop()
+
+
+def outcome(box, name):
+    from test_resume import outcome
+
+    return outcome(box.work / directory(PEN, name))
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, calql_box):
+    """Outcome of a run that nothing interrupted."""
+    tiny(PEN)
+    child = calql_box.run(*RUN)
+    assert child.code == 0, child.err
+    return outcome(calql_box, "calql_ooo")
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed(whole, calql_box, moment):
+    """SIGKILL just before a file operation; with --resume the run ends with the bytes of one that was not killed."""
+    name = f"killed_{list(MOMENTS).index(moment)}"
+    child = calql_box.run(*RUN, "--exp-name", name, signal_at=(signal.SIGKILL, *MOMENTS[moment]))
+    assert child.code == -signal.SIGKILL
+    child = calql_box.run(*RUN, "--exp-name", name, "--resume")
+    assert child.code == 0, child.err
+    found = outcome(calql_box, name)
+    assert found.keys() == whole.keys()
+    assert not [name for name in found if found[name] != whole[name]]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--env-id", "pen-binary"], "did you mean pen-binary-v0?"),
+        (["--env-id", PEN, "--device", "cuda:97"], "cuda:97"),
+        (["--env-id", PEN, "--offline-ratio", 2], "--offline-ratio"),
+        (["--env-id", PEN, "--dataset-path", "no.npz"], "no.npz"),
+        (["--env-id", PEN, "--dataset-id", "mine/large-v0"], "mine/large-v0"),
+        (["--exploit-only", "nowhere"], "nowhere"),
+        (["--eval-only", "nowhere"], "nowhere"),
+        (["--env-id", PEN, "--online-steps", 10**12], "GiB"),
+    ],
+)
+def test_bad_input(tiny, tmp_path, words, named):
+    """One line on stderr, exit status 2, nothing written."""
+    tiny(PEN)
+    box = Box(tmp_path, script="calql_ooo.py")
+    child = box.run(*words)
+    assert child.code == 2 and child.err.startswith("error: ") and child.err.count("\n") == 1, child.err
+    assert named in child.err and box.files() == []
+
+
+def test_a_damaged_loss_stops_the_run(tiny, session, monkeypatch, capsys):
+    tiny(PEN)
+    with pytest.raises(SystemExit) as stop:
+        session("--env-id", PEN, *TINY, "--learning-rate", 1e30, "--online-steps", 1, "--retrain-at")
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 1 and err.startswith("error: losses/") and "at step" in err
+
+
+def test_same_settings_in_the_config(tiny, session):
+    tiny(PEN)
+    session("--env-id", PEN, *TINY, "--online-steps", 1, "--retrain-at", "--offline-steps", 1)
+    config = json.loads((directory(PEN) / "config.json").read_text())
+    assert config["script"] == "calql_ooo" and config["args"].keys() == asdict(ooo.Args()).keys()
+    assert config["dataset"]["kept_of_successful_episodes"] > 0
