@@ -554,6 +554,12 @@ def metrics(run, phase=None):
     return [r for r in records if phase in (None, r["phase"])]
 
 
+def stored(run):
+    """Columns of the online transitions in the files of a run."""
+    chunks = [np.load(path) for path in sorted((run / "replay").iterdir())]
+    return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
+
+
 @pytest.mark.parametrize("env_id", ooo.TASKS)
 def test_all_phases(env_id, tiny, session):
     """Finite losses everywhere, all networks move, and each phase has its own rewards, bounds and Q functions."""
@@ -562,7 +568,7 @@ def test_all_phases(env_id, tiny, session):
     rows, agents, updates = session("--env-id", env_id, *TINY, "--offline-steps", 30, "--online-steps", 80,
                                     "--retrain-at", *times, "--retrain-steps", 25)
     run, args = directory(env_id), parse("--env-id", env_id, *TINY)
-    assert [row["env_step"] for row in rows] == times and all(row["exploration"] and row["exploitation"] for row in rows)
+    assert [row["env_step"] for row in rows if row["exploration"] and row["exploitation"]] == times
     for record in metrics(run):
         assert all(isinstance(value, str | bool) or math.isfinite(value) for value in record.values()), record
     shared = {"critic", "actor", "alpha", "alpha_value", "entropy", "q_mean", "next_q_mean", "cql",
@@ -598,8 +604,7 @@ def test_all_phases(env_id, tiny, session):
     obs = np.ones(content["obs_dim"], np.float32)
     np.testing.assert_array_equal(act(obs), agents[-1][0].act(obs, sample=False))
     # Every online step was stored, with the return that its trajectory had.
-    chunks = [np.load(path) for path in sorted((run / "replay").iterdir())]
-    online = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
+    online = stored(run)
     assert len(online["rewards"]) == 80
     returns = ooo.monte_carlo_returns(args, torches(online))
     np.testing.assert_allclose(online["mc_returns"], returns, rtol=1e-5)
@@ -647,16 +652,16 @@ def test_success_ends_an_episode(tiny, session, monkeypatch):
     session("--env-id", PEN, *TINY, "--online-steps", 21, "--retrain-at", "--offline-steps", 1)
     episodes = [r for r in metrics(directory(PEN), "online") if "charts/episodic_length" in r]
     assert [r["charts/episodic_length"] for r in episodes] == [7, 7, 7]
-    with np.load(directory(PEN) / "replay" / "online-000000000-000000021.npz") as chunk:
-        assert np.flatnonzero(chunk["terminations"]).tolist() == [6, 13, 20]
-        np.testing.assert_allclose(chunk["mc_returns"][4:7], [-5 + 0.99 * (-5 + 0.99 * 5), -5 + 0.99 * 5, 5], rtol=1e-6)
+    online = stored(directory(PEN))
+    assert np.flatnonzero(online["terminations"]).tolist() == [6, 13, 20]
+    np.testing.assert_allclose(online["mc_returns"][4:7], [-5 + 0.99 * (-5 + 0.99 * 5), -5 + 0.99 * 5, 5], rtol=1e-6)
     lengths = [e["length"] for line in (directory(PEN) / "evals.jsonl").read_text().splitlines()
                for e in json.loads(line)["episodes"]]
     assert set(lengths) == {30}
 
 
 def test_intrinsic_returns(tiny, session, monkeypatch):
-    """Computed anew at the stated steps, for all transitions, with the RND of that moment; in the bound if asked for."""
+    """Computed anew at the stated steps, for all transitions, with the RND as it stands; in the bound if asked for."""
     tiny(PEN)
     refreshed, bounds = [], []
     refresh, update = ooo.IntrinsicReturns.refresh, ooo.calql_update
@@ -741,11 +746,12 @@ def test_exploit_only_and_eval_only(tiny, session):
     again, *_ = session("--exploit-only", source, "--exp-name", "again")
     assert metrics(directory(PEN, "again")) == metrics(source, "retrain")
     assert again == json.loads((source / "results.json").read_text())["rows"]
-    for words in (["--no-retrain-feature-norm"], ["--no-retrain-q-bounds"], ["--retrain-offline-ratio", 1]):
+    first = torch.load(source / "exploitation_60.pt", weights_only=True)["agent"]
+    for words, name in ((["--no-retrain-feature-norm"], "critic.weights.0"), (["--no-retrain-q-bounds"], "q_bounds"),
+                        (["--retrain-offline-ratio", 1], "critic.weights.0")):
         session("--exploit-only", source, "--exp-name", words[0][5:], "--retrain-at", 60, *words)
-        policies = [torch.load(run / "exploitation_60.pt", weights_only=True)["agent"]
-                    for run in (source, directory(PEN, words[0][5:]))]
-        assert not torch.equal(policies[0]["critic.weights.0"], policies[1]["critic.weights.0"]), words
+        other = torch.load(directory(PEN, words[0][5:]) / "exploitation_60.pt", weights_only=True)["agent"]
+        assert not torch.equal(first[name], other[name]), words
     summary = ooo.main(parse("--eval-only", source, "--episodes", 2))
     assert summary["eval/episodes"] == 2 and (source / "exploitation_60_eval.json").exists()
 
