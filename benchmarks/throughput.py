@@ -1,7 +1,8 @@
-"""Speed of iql_ooo.py at a task's real sizes, beside the bare matrix products of one update and beside d3rlpy's IQL.
+"""Speed of a script at a task's real sizes, beside the bare matrix products of one update and beside d3rlpy's IQL.
 
     python benchmarks/throughput.py --d3rlpy-python benchmarks/.venv/bin/python --out results/throughput.json  # README
     python benchmarks/throughput.py --device cuda --compile --cudagraphs
+    python benchmarks/throughput.py --algorithm calql --env-id pen-binary-v0 --out results/throughput_calql.json
 
 All rows are measured in turns, a short chunk of each, round after round, so that a noisy machine disturbs all alike.
 "x floor" is a row's time divided by its floor's: the median over the rounds, and the best chunk by the best chunk.
@@ -17,12 +18,14 @@ from pathlib import Path
 from shutil import which
 from statistics import median
 from types import SimpleNamespace
+from typing import Literal
 
 import torch
 import tyro
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import calql_ooo  # noqa: E402
 import iql_ooo  # noqa: E402
 
 CHUNK = 0.1  # seconds
@@ -32,13 +35,14 @@ EXACT = 1e-6  # largest relative error of a product that still counts as float32
 
 @dataclass
 class Args:
+    algorithm: Literal["iql", "calql"] = "iql"  # iql_ooo.py or calql_ooo.py
     env_id: str = "hammer-truncated-expert-v1"  # task that gives sizes, settings and environment
     seconds: float = 20.0  # measuring time of each row
     threads: int = 1  # CPU threads of torch
     device: str = "auto"  # auto, cpu or cuda
     compile: bool = False  # also measure the updates under torch.compile
     cudagraphs: bool = False  # also measure the updates as CUDA graphs (cuda only)
-    d3rlpy_python: str = ""  # Python of an environment that has d3rlpy; without it those rows are left out
+    d3rlpy_python: str = ""  # Python that has d3rlpy; without it, and for Cal-QL, those rows are left out
     cpu_time: bool = False  # count processor time: a rough look on a busy machine (one thread, no GPU)
     out: str = ""  # JSON file for the results
 
@@ -73,6 +77,26 @@ class Products:
         self.passes(self.weights(critic_dims, members=2), batch, backward=True)  # Q(s, a), its loss
         self.passes(self.weights((s.obs_dim, *args.hidden_dims, s.act_dim)), batch, backward=True)  # policy, its loss
 
+    @classmethod
+    def calql(cls, s, rnd):
+        """The products of one Cal-QL (rnd=False: CQL) update."""
+        self, args, batch = cls.__new__(cls), s.args, s.args.batch_size
+        self.list, self.device, n = [], s.device, args.cql_actions
+        critic = self.weights((s.obs_dim + s.act_dim, *args.critic_hidden_dims, 1), members=2)
+        actor = self.weights((s.obs_dim, *args.hidden_dims, 2 * s.act_dim))
+        if rnd:
+            layers = (s.obs_dim, *args.rnd_hidden_dims)
+            predictor = self.weights(layers)
+            self.passes(self.weights(layers), batch)  # target features of s'
+            self.passes(predictor, batch)  # the predictor before its step, for the intrinsic reward
+            self.passes(predictor, round(batch * args.rnd_update_proportion), backward=True)
+        self.passes(actor, batch, backward=True)  # policy at s, its loss
+        self.passes(actor, batch)  # policy at s'
+        self.passes(critic, batch, backward="inputs")  # Q of the new actions, and its gradient to them
+        self.passes(self.weights((s.obs_dim + s.act_dim, *args.critic_hidden_dims, 1), members=2), n * batch)  # target
+        self.passes(critic, (1 + 3 * n) * batch, backward=True)  # Q of the data's and the sampled actions, its loss
+        return self
+
     def weights(self, dims, members=0):
         """Weights of an MLP: transposed (out, in), as a Linear has them, or one (members, in, out) for an ensemble."""
         shapes = [(members, i, o) if members else (o, i) for i, o in zip(dims[:-1], dims[1:], strict=True)]
@@ -80,7 +104,8 @@ class Products:
         return weights if members else [weight.t() for weight in weights]
 
     def passes(self, weights, rows, backward=False):
-        """One pass of `rows` inputs through an MLP; backward: also the gradients."""
+        """One pass of `rows` inputs through an MLP; backward: also the gradients of the weights and of the hidden
+        layers, or, "inputs", those of the hidden layers and of the input alone."""
         members = weights[0].shape[:-2]  # () or (members,)
         x = [torch.randn(*members, rows, w.shape[-2], device=self.device) for w in weights]  # inputs of the layers
         x.append(torch.randn(*members, rows, weights[-1].shape[-1], device=self.device))  # the output
@@ -90,6 +115,9 @@ class Products:
         for i, weight in enumerate(weights):
             self.list.append((x[i + 1], x[i], weight))  # forward: layer i's output
         for i in reversed(range(len(weights) if backward else 0)):
+            if backward == "inputs":
+                self.list.append((torch.empty_like(x[i]) if i == 0 else g[i], g[i + 1], weights[i].mT))
+                continue
             if members:
                 self.list.append((torch.empty_like(weights[i]), x[i].mT, g[i + 1]))  # gradient of weight i
             else:
@@ -134,7 +162,8 @@ def measure(rows, seconds):
     for row in rows:
         row.chunk(5)  # warm up; compiles and captures
         row.n = max(1, round(CHUNK / max(row.chunk(3) / 3, 1e-5)))
-    for _ in tqdm(range(max(3, round(seconds / CHUNK))), desc=f"{len(rows)} rows", unit="round"):
+    slowest = max(CHUNK, *(row.chunk(1) for row in rows))
+    for _ in tqdm(range(max(3, round(seconds / slowest))), desc=f"{len(rows)} rows", unit="round"):
         for row in rows:
             row.times.append(row.chunk(row.n) / row.n)
 
@@ -152,17 +181,19 @@ def choose_precision(products, device, cpu_time, seconds):
 
 
 # === the script's phases ===
-def make_session(settings, device):
-    """What open_session of the script builds, with random numbers in the replay buffer instead of a dataset."""
+def make_session(settings, device, columns=()):
+    """What open_session of the script builds, with random numbers in the replay buffer instead of a dataset. columns:
+    scalar ones that only this script has."""
     env = iql_ooo.make_env(settings.env_id)
     (obs_dim,), (act_dim,) = env.observation_space.shape, env.action_space.shape
     shapes = dict(observations=(obs_dim,), actions=(act_dim,), rewards=(), next_observations=(obs_dim,),
-                  terminations=(), episodes=())
+                  terminations=(), episodes=(), **dict.fromkeys(columns, ()))
     buffer = iql_ooo.ReplayBuffer(shapes, BUFFER_ROWS, device)
     buffer.data.normal_()
     buffer.split(buffer.data)["terminations"].zero_()
     buffer.size = BUFFER_ROWS
-    return SimpleNamespace(args=settings, device=device, env=env, obs_dim=obs_dim, act_dim=act_dim, buffer=buffer)
+    return SimpleNamespace(args=settings, device=device, env=env, obs_dim=obs_dim, act_dim=act_dim, buffer=buffer,
+                           progress={"grad_step": 1})
 
 
 def learner(s, update):
@@ -184,6 +215,13 @@ def retrain_update(s, dropout):
     expectile = iql_ooo.first(args.retrain_expectile, args.expectile)
     settings = iql_ooo.Settings(args.gamma, args.tau, expectile, args.temperature, q_min=-100.0, q_max=100.0)
     return iql_ooo.make_update(args, s.buffer, agent, settings)
+
+
+def calql_retrain_update(s):
+    """A new exploitation agent with the task's settings."""
+    agent = calql_ooo.make_agent(s.args, s.obs_dim, s.act_dim, s.device, unit_features=True)
+    agent.q_bounds.copy_(torch.tensor([-100.0, 100.0]))
+    return calql_ooo.make_update(s.args, s.buffer, agent, calql_ooo.make_settings(s.args, s.act_dim, calibrate=False))
 
 
 def player(s, choose_action, learn=lambda: None):
@@ -243,43 +281,48 @@ def report(rows):
 def main(args):
     if args.out and not Path(args.out).parent.is_dir():
         iql_ooo.fail(f"--out {args.out}: there is no such folder")
-    settings = iql_ooo.parse_args(["--env-id", args.env_id, "--device", args.device])
-    iql_ooo.check_args(replace(settings, cudagraphs=args.cudagraphs))
+    calql = args.algorithm == "calql"
+    script = calql_ooo if calql else iql_ooo
+    settings = script.parse_args(["--env-id", args.env_id, "--device", args.device])
+    script.check_args(replace(settings, cudagraphs=args.cudagraphs))
     device, scripts_choice = iql_ooo.setup_torch(replace(settings, torch_threads=args.threads))
-    s = make_session(settings, device)
-    iql, both = Products(s, rnd=False), Products(s, rnd=True)
+    s = make_session(settings, device, ("mc_returns", "intrinsic_returns") if calql else ())
+    iql, both = ((Products.calql if calql else Products)(s, rnd) for rnd in (False, True))
+    alone, online = ("CQL", "Cal-QL + RND") if calql else ("IQL", "IQL + RND")
     precision, precisions = choose_precision(both, device, args.cpu_time, min(args.seconds, 3.0))
 
     def add(name, step, flops, floor="", precision=precision):
         rows.append(Row(name, timed(step, device, precision, args.cpu_time), flops, floor))
 
     rows = []
-    add("floor IQL", iql, iql.flops())
-    add("floor IQL + RND", both, both.flops())
+    add(f"floor {alone}", iql, iql.flops())
+    add(f"floor {online}", both, both.flops())
     for variant in ["", *(name for name in ("compile", "cudagraphs") if getattr(args, name))]:
         own, mark = SimpleNamespace(**vars(s)), f" ({variant})" if variant else ""
         own.args = replace(settings, **({variant: True} if variant else {}))
-        for dropout in sorted({0.0, iql_ooo.first(settings.retrain_dropout, settings.dropout)}):
+        if calql:
+            add(f"retrain{mark}: CQL", learner(own, calql_retrain_update(own)), iql.flops(), f"floor {alone}")
+        for dropout in () if calql else sorted({0.0, iql_ooo.first(settings.retrain_dropout, settings.dropout)}):
             step = learner(own, retrain_update(own, dropout))
-            add(f"retrain{mark}: IQL, dropout {dropout:g}", step, iql.flops(), "floor IQL")
-        iql_ooo.build_explorer(own)
+            add(f"retrain{mark}: IQL, dropout {dropout:g}", step, iql.flops(), f"floor {alone}")
+        script.build_explorer(own)
         step = learner(own, own.explore_update)
-        add(f"pretrain{mark}: IQL + RND", step, both.flops(), "floor IQL + RND")
+        add(f"pretrain{mark}: {online}", step, both.flops(), f"floor {online}")
         step = player(own, lambda obs, agent=own.explorer: agent.act(obs, sample=True), step)
-        add(f"online{mark}: act, environment, IQL + RND", step, both.flops(), "floor IQL + RND")
+        add(f"online{mark}: act, environment, {online}", step, both.flops(), f"floor {online}")
     add("environment step, stored", player(s, lambda obs: s.env.action_space.sample()), 0)
     for name in (name for name in precisions if name != precision):  # for information
         inexact = "not float32, " if precisions[name]["relative_error"] >= EXACT else ""
-        add(f"products of IQL + RND, {inexact}{name}", both, both.flops(), "floor IQL + RND", name)
+        add(f"products of {online}, {inexact}{name}", both, both.flops(), f"floor {online}", name)
     job = asdict(settings) | dict(obs_dim=s.obs_dim, act_dim=s.act_dim, threads=args.threads, precision=precision,
                                   device=device.type, cpu_time=args.cpu_time)
-    chunk, d3rlpy = start_d3rlpy(args.d3rlpy_python, job) if args.d3rlpy_python else (None, None)
+    chunk, d3rlpy = start_d3rlpy(args.d3rlpy_python, job) if args.d3rlpy_python and not calql else (None, None)
     for row in ("update", "sampling and update") if chunk else ():
         rows.append(Row(f"d3rlpy IQL: {row}", lambda n, row=row: chunk(row, n), iql.flops(), "floor IQL"))
     measure(rows, args.seconds)
 
     print(f"{args.env_id}: obs {s.obs_dim}, act {s.act_dim}, batch {settings.batch_size}, {args.threads} thread(s); "
-          f"{iql.flops() / 1e6:.0f} MFLOP for IQL, {both.flops() / 1e6:.0f} for IQL + RND; setting {precision} "
+          f"{iql.flops() / 1e6:.0f} MFLOP for {alone}, {both.flops() / 1e6:.0f} for {online}; setting {precision} "
           f"(the script itself takes {scripts_choice} here); relative errors of torch's settings: "
           + ", ".join(f"{name} {found['relative_error']:.0e}" for name, found in precisions.items()) + "\n")
     results = report(rows)
