@@ -767,7 +767,6 @@ MOMENTS = {
     "retraining, after a checkpoint": ("os.rename", "/checkpoint.pt", 6),
     "retraining, between the policy and its checkpoint": ("os.rename", "/checkpoint.pt", 7),
     "online again": ("os.rename", "/rnd_110.pt", 1),
-    "before the table": ("os.rename", "/results.json", 1),
 }
 
 
