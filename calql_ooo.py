@@ -36,8 +36,8 @@ Choices where paper and official code differ or are silent:
     --intrinsic-bound adds them, scaled: the paper's intent). They are finite sums in all tasks, so still lower bounds.
  4. RND learns all the time; the code's compiled update holds it at its first state. Its reward comes before its step,
     the networks have two hidden layers and a linear one that starts small (both as the code).
- 5. With importance sampling the logsumexp is over 30 actions (code); without it (kitchen) the data's is the 31st, a case
-    that no stored vector of the authors covers.
+ 5. With importance sampling the logsumexp is over 30 actions (code); without it (kitchen) the data's is the 31st, which
+    none of the authors' stored vectors covers.
  6. One set of random numbers for all losses of an update; the code draws anew for each loss.
  7. Feature normalisation reaches the exploitation Q function (paper); the code never hands it over.
  8. kitchen-complete: the exploitation Q has 256 units a layer (paper); the command has 512.
