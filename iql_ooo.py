@@ -13,6 +13,7 @@
 #     "imageio==2.38.1",
 #     "imageio-ffmpeg==0.8.1",
 #     "wandb==0.31.0",
+#     "matplotlib==3.11.2",
 # ]
 # ///
 """OOO (IQL): explore with an optimistic IQL + RND policy, then retrain a pessimistic IQL offline on all the data.

@@ -20,14 +20,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Which scripts hold which block. A new script adds its name here, in every block that it holds.
 BLOCKS = {
-    "run directory and metrics": {"iql_ooo.py"},
+    "run directory and metrics": {"iql_ooo.py", "pointmass_didactic.py"},
     "environments": {"iql_ooo.py"},
     "dataset": {"iql_ooo.py"},
     "replay buffer": {"iql_ooo.py"},
-    "optimizer": {"iql_ooo.py"},
+    "optimizer": {"iql_ooo.py", "pointmass_didactic.py"},
     "rnd": {"iql_ooo.py"},
     "evaluation": {"iql_ooo.py"},
-    "checkpoints": {"iql_ooo.py"},
+    "checkpoints": {"iql_ooo.py", "pointmass_didactic.py"},
 }
 
 FENCE = re.compile(r"# === (end )?shared block: (\S.*\S|\S) ===\n")
