@@ -1018,7 +1018,7 @@ def update_running(mean, var, count, x):
     m2 = var * count + x.var(0, correction=0) * n + delta.square() * (count * n / total)
     mean.add_(delta * (n / total))
     var.copy_(m2 / total)
-    count.copy_(total)
+    count.add_(n)
 
 
 class RND(nn.Module):
@@ -1036,7 +1036,8 @@ class RND(nn.Module):
         for name, dim in (("obs", obs_dim), ("reward", 1)):
             self.register_buffer(f"{name}_mean", torch.zeros(dim, dtype=torch.float64))
             self.register_buffer(f"{name}_var", torch.ones(dim, dtype=torch.float64))
-            self.register_buffer(f"{name}_count", torch.tensor(1e-4, dtype=torch.float64))
+            # Not 0-d: torch.compile loses what is written into a 0-d float64 tensor on the CPU.
+            self.register_buffer(f"{name}_count", torch.full((1,), 1e-4, dtype=torch.float64))
         self.to(device)
         self.optimizer = Adam(self.predictor.parameters(), learning_rate)
 

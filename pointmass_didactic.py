@@ -90,19 +90,21 @@ class Args:
     """torch.set_float32_matmul_precision; auto takes medium where a test product shows it to be exact float32."""
     resume: bool = False
     """Continue the run of the same name from its last checkpoint; of a finished run: print and draw again."""
+    exploit_only: str = ""
+    """RUN_DIR of a run past its online phase: repeat its retraining on its data, with other settings, as a new run."""
     # --- task and data ---
     start_noise: Literal["gaussian", "uniform"] = "gaussian"
     """Gaussian N(0, 0.02^2) as the paper says, or uniform in +-0.02 as the code does."""
     offline_episodes: int = 100
     """Scripted trajectories over the wall."""
     # --- phases ---
-    offline_steps: int = 5_000
+    offline_steps: int = 4_000
     """Pretraining: gradient steps on D_off."""
-    online_steps: int = 30_000
+    online_steps: int = 10_000
     """Online phase: environment steps of each member, one gradient step each."""
-    retrain_steps: int = 30_000
+    retrain_steps: int = 10_000
     """Gradient steps of the exploitation agents, from scratch on all data, task reward only."""
-    eval_every: int = 5_000
+    eval_every: int = 2_000
     """Steps of the phase under way between evaluations."""
     eval_episodes: int = 100
     """Episodes of one evaluation, for each member."""
@@ -111,7 +113,7 @@ class Args:
     """Transitions of one gradient step, for each member."""
     learning_rate: float = 1e-3
     """Adam's rate for actor, critic and value."""
-    gamma: float = 0.95
+    gamma: float = 0.97
     """Discount."""
     tau: float = 0.01
     """Polyak rate of the target critic, per gradient step."""
@@ -120,9 +122,11 @@ class Args:
     # --- IQL ---
     expectile: float = 0.9
     """IQL's tau in (0.5, 1): closer to 1 means closer to a max over actions."""
-    temperature: float = 100.0
+    temperature: float = 10.0
     """Multiplies the advantage in exp(temperature * A); the paper's eq. 3 divides by beta."""
-    log_std_min: float = -0.5
+    retrain_temperature: float = 300.0
+    """Temperature of the exploitation agents."""
+    log_std_min: float = -1.0
     """Lower clip of the policy's log standard deviation (upper: 2)."""
     # --- count bonus ---
     bonus_coef: tuple[float, ...] = (0.0, 5.0)
@@ -130,7 +134,7 @@ class Args:
     # --- logging and checkpoints ---
     log_every: int = 1_000
     """Steps between records of losses and coverage."""
-    checkpoint_every: int = 5_000
+    checkpoint_every: int = 2_000
     """Steps between checkpoints."""
 
 
@@ -140,7 +144,13 @@ NOT_SETTINGS = ("resume", "runs_dir")  # may change at --resume
 
 
 def parse_args(argv=None):
-    args = tyro.cli(Args, args=sys.argv[1:] if argv is None else list(argv), description=__doc__)
+    """Args < settings of the --exploit-only run < command line; then --scale."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    default = Args()
+    if source := tyro.cli(Args, args=[a for a in argv if a not in ("-h", "--help")]).exploit_only:
+        default = Args(**read_config(source, SCRIPT)["args"])
+        default = replace(default, exp_name=Args.exp_name, runs_dir=Args.runs_dir, resume=False)
+    args = tyro.cli(Args, args=argv, default=default, description=__doc__)
     if not 0 < args.scale < math.inf:
         fail(f"--scale {args.scale:g} must be above 0, and finite")
     scaled = {name: max(1, round(getattr(args, name) * args.scale)) for name in BUDGETS if getattr(args, name) > 0}
@@ -630,7 +640,7 @@ def expectile_loss(diff, expectile):
     return torch.where(diff > 0, expectile, 1.0 - expectile) * diff.square()
 
 
-def iql_update(agents, batch, args):
+def iql_update(agents, batch, args, temperature):
     """One IQL update of every member: V, then Q and the policy. batch: observations, actions, next_observations
     (members, batch, 2), rewards, masks (members, batch). Losses are means over a member's batch and sums over members,
     so that no member sees another's gradient. Returns detached scalars, means over all members."""
@@ -651,7 +661,7 @@ def iql_update(agents, batch, args):
     q = agents.critic(pairs).view(2, members, -1)
     critic_loss = (q - target).square().mean((0, 2))
     # --- Policy: advantage-weighted regression (eq. 3); constants of the log-density are left out ---
-    weight = (args.temperature * (q_target - v)).exp().clamp(max=100.0)
+    weight = (temperature * (q_target - v)).exp().clamp(max=100.0)
     std = agents.std()
     z = (actions - agents.actor(observations).tanh()) / std
     actor_loss = (weight * (0.5 * z.square() + std.log()).sum(-1)).mean(1)
@@ -782,7 +792,9 @@ def train(s, phase, steps):
     """One phase. pretrain and retrain: gradient steps on the data so far; online: a step of the environment before
     each. Algorithm 1: pretrain and online are optimistic (bonus), retrain is pessimistic (task reward only)."""
     args, p, draws = s.args, s.progress, Draws(s.args, s.seeds, phase, s.device)
-    coefs = torch.zeros_like(s.coefs) if phase == "retrain" else s.coefs
+    coefs, temperature = s.coefs, args.temperature
+    if phase == "retrain":
+        coefs, temperature = torch.zeros_like(coefs), args.retrain_temperature
     with tqdm(total=steps, initial=p[phase], desc=phase, unit="step", dynamic_ncols=True, smoothing=0.05,
               mininterval=1) as bar:
         clock = (time.perf_counter(), p[phase])
@@ -790,7 +802,7 @@ def train(s, phase, steps):
             uniform, noise, starts = draws[p[phase]]
             if phase == "online":
                 act(s, noise, starts)
-            s.losses.add(iql_update(s.agents, s.replay.sample(uniform, coefs), args))
+            s.losses.add(iql_update(s.agents, s.replay.sample(uniform, coefs), args, temperature))
             p[phase] += 1
             bar.update()
             step, last = p[phase], p[phase] == steps
@@ -980,6 +992,11 @@ def open_session(args):
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
     s = SimpleNamespace(args=args, device=device, progress={"pretrain": 0, "online": 0, "retrain": 0})
     build(s)
+    if args.exploit_only:
+        s.source = load_torch(Path(args.exploit_only) / "checkpoint.pt", SCRIPT, device)
+        if s.source["online"].shape[:2] != (len(s.members), args.online_steps):
+            fail(f"{args.exploit_only} has not the online data of these settings; finish its online phase, and change "
+                 "neither seeds, coefficients nor --online-steps")
     config = config or {"script": SCRIPT, "args": asdict(args), **provenance(device, precision)}
     saved = load_torch(path / "checkpoint.pt", SCRIPT, device) if (path / "checkpoint.pt").exists() else None
     try:
@@ -988,7 +1005,18 @@ def open_session(args):
         fail(f"cannot write in {path} ({error.strerror}); make room, or choose another --runs-dir", code=1)
     if args.resume:
         restore(s, saved)
+    if args.exploit_only and not saved:
+        load_source(s)
     return s
+
+
+def load_source(s):
+    """--exploit-only: the online data and the exploration policies of another run."""
+    source, p = Path(s.args.exploit_only), s.progress
+    for member, rows in enumerate(s.source["online"]):
+        s.replay.extend(member, rows)
+    p.update(pretrain=s.args.offline_steps, online=s.args.online_steps)
+    save_torch(s.run.path / "online.pt", load_torch(source / "online.pt", SCRIPT, s.device))
 
 
 def main(args):

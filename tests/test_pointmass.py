@@ -1,0 +1,476 @@
+"""pointmass_didactic.py: geometry, data, counts, losses, batching, whole runs, resume, errors.
+
+    python -m pytest tests/test_pointmass.py
+"""
+
+import hashlib
+import json
+import math
+import signal
+from collections import Counter
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.utils.env_checker import check_env
+from runner import Box
+
+import pointmass_didactic as pm
+
+SMALL = """--num-seeds 2 --offline-episodes 5 --offline-steps 12 --online-steps 40 --retrain-steps 12 --eval-every 20
+--eval-episodes 3 --log-every 7 --checkpoint-every 10 --batch-size 8 --hidden-dims 8 8""".split()
+RUN = "point-mass-wall__pointmass_didactic__1"
+
+
+@pytest.fixture
+def box(tmp_path):
+    box = Box(tmp_path, "pointmass_didactic.py")
+    yield box
+    box.stop()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing interrupted: (its Box, its outcome)."""
+    box = Box(tmp_path_factory.mktemp("whole"), "pointmass_didactic.py")
+    child = box.run(*SMALL)
+    assert child.code == 0, child.err
+    yield box, outcome(box)
+    box.stop()
+
+
+def digest(content):
+    """A fingerprint of nested dicts and lists of tensors and numbers."""
+    if isinstance(content, torch.Tensor):
+        return hashlib.sha256(content.contiguous().numpy().tobytes()).hexdigest()
+    if isinstance(content, dict):
+        return {str(key): digest(value) for key, value in content.items()}
+    return [digest(x) for x in content] if isinstance(content, list | tuple) else content
+
+
+def outcome(box, name=RUN):
+    """What equal runs have in common."""
+    run = box.work / "runs" / name
+    found = {file: (run / file).read_bytes()
+             for file in ("metrics.jsonl", "evals.jsonl", "results.json", "figure2.png")}
+    return found | {path.name: digest(torch.load(path, weights_only=True)) for path in sorted(run.glob("*.pt"))}
+
+
+def records(box, file="metrics.jsonl", name=RUN):
+    return [json.loads(line) for line in (box.work / "runs" / name / file).read_text().splitlines()]
+
+
+# === geometry ===
+
+S = 0.05 * math.sqrt(0.5)
+
+
+def step(position, action):
+    """move() of one point, as lists of floats and a bool."""
+    new, goal = pm.move(torch.tensor(position, dtype=torch.float32), torch.tensor(action, dtype=torch.float32))
+    return new.tolist(), bool(goal)
+
+
+@pytest.mark.parametrize(
+    ("position", "action", "expected"),
+    [
+        pytest.param((0.0, 0.5), (1, 0.5), (S, 0.5 + S / 2), id="free"),
+        pytest.param((0.0, 0.5), (7, -7), (S, 0.5 - S), id="actions are clipped"),
+        pytest.param((-0.24, 0.5), (-1, 0), (-0.25, 0.5), id="left end of the room"),
+        pytest.param((1.24, 1.44), (1, 1), (1.25, 1.45), id="upper right corner of the room"),
+        pytest.param((0.2, -0.24), (0, -1), (0.2, -0.25), id="floor of the room"),
+        pytest.param((0.49, 0.5), (1, 0.2), (0.49, 0.5), id="through the wall: the whole move is cancelled"),
+        pytest.param((0.51, 0.5), (-1, 0.2), (0.51, 0.5), id="through the wall from the right"),
+        pytest.param((0.49, 0.5), (0.2, 1), (0.49 + S / 5, 0.5 + S), id="along the wall"),
+        pytest.param((0.49, 0.09), (1, 0), (0.49 + S, 0.09), id="just under the wall"),
+        pytest.param((0.49, 1.21), (1, 0), (0.49 + S, 1.21), id="just over the wall"),
+        pytest.param((0.49, 0.11), (1, 0), (0.49, 0.11), id="just above its lower end"),
+        pytest.param((0.49, 1.19), (1, 0), (0.49, 1.19), id="just below its upper end"),
+        pytest.param((0.49, 0.1), (1, 0), (0.49 + S, 0.1), id="through its lower end: not strictly between"),
+        pytest.param((0.49, 1.2), (1, 0), (0.49 + S, 1.2), id="through its upper end"),
+        # The line is reached 0.01 / S of the way through the step, where y has changed by 0.01 times the slope.
+        pytest.param((0.49, 0.105), (1, -1), (0.49 + S, 0.105 - S), id="diagonally under its lower end"),
+        pytest.param((0.49, 0.115), (1, -1), (0.49, 0.115), id="diagonally into its lower end"),
+        pytest.param((0.49, 1.195), (1, 1), (0.49 + S, 1.195 + S), id="diagonally over its upper end"),
+        pytest.param((0.49, 1.185), (1, 1), (0.49, 1.185), id="diagonally into its upper end"),
+    ],
+)
+def test_move(position, action, expected):
+    assert step(position, action)[0] == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_line_of_the_wall_belongs_to_its_right():
+    """So two moves that meet on the line cannot pass the wall."""
+    assert step((0.5, 0.5), (1, 0))[0] == pytest.approx((0.5 + S, 0.5))
+    assert step((0.5, 0.5), (-1, 0))[0] == pytest.approx((0.5, 0.5))
+    half = torch.tensor((0.5 - 2**-6, 0.5))
+    action = torch.tensor(((0.5 - half[0]) / pm.STEP, 0.0))
+    assert float(half[0] + pm.STEP * action[0]) == 0.5  # the move would end on the line exactly
+    assert torch.equal(pm.move(half, action)[0], half)
+
+
+def test_goal_radius_is_strict():
+    goal = torch.tensor([1.0, 0.15])
+    for distance, reached in ((0.0, True), (0.0099, True), (0.0101, False)):
+        for direction in (torch.tensor([1.0, 0.0]), torch.tensor([-0.6, 0.8])):
+            assert bool(pm.move(goal + distance * direction, torch.zeros(2))[1]) is reached
+
+
+def test_move_of_many_is_that_of_each():
+    generator = torch.Generator().manual_seed(0)
+    low, high = torch.tensor(pm.LOW), torch.tensor(pm.HIGH)
+    positions = low + (high - low) * torch.rand(5, 400, 2, generator=generator)
+    actions = 3 * torch.rand(5, 400, 2, generator=generator) - 1.5
+    new, goal = pm.move(positions, actions)
+    one, one_goal = pm.move(positions[3, 7], actions[3, 7])
+    assert torch.equal(new[3, 7], one) and bool(goal[3, 7]) == bool(one_goal)
+    # Another formula for the wall, in float64: the height at which the move meets the line.
+    p, free = positions.double(), (positions.double() + pm.STEP * actions.double().clamp(-1, 1)).clamp(low, high)
+    share = (0.5 - p[..., 0]) / (free[..., 0] - p[..., 0])
+    height = p[..., 1] + share * (free[..., 1] - p[..., 1])
+    blocked = (share > 0) & (share <= 1) & (height > 0.1) & (height < 1.2)
+    assert 3 < int(blocked.sum()) < 200
+    torch.testing.assert_close(new.double(), torch.where(blocked[..., None], p, free), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("over", [False, True])
+def test_shortest_steps_against_full_speed(over):
+    """No way is shorter than the closed form, and a controller that always saturates an axis needs two steps more
+    at most (it passes the wall's end in a whole step, and must not go past the goal)."""
+    starts = pm.start_positions("gaussian", torch.Generator().manual_seed(1), 200)
+    bound = pm.shortest_steps(starts, over)
+    position, taken = starts, torch.full((200,), math.inf)
+    corner = torch.tensor((pm.WALL_X, pm.WALL_HIGH + 1e-3 if over else pm.WALL_LOW - 1e-3))
+    for t in range(70):
+        way = torch.where(position[:, :1] >= pm.WALL_X, torch.tensor(pm.GOAL), corner) - position
+        action = way / way.abs().amax(-1, keepdim=True).clamp(min=1e-9)
+        near = (position[:, :1] >= pm.WALL_X) & (way.abs().amax(-1, keepdim=True) < pm.STEP)
+        position, goal = pm.move(position, torch.where(near, way / pm.STEP, action))
+        taken[goal & taken.isinf()] = t + 1
+    assert (taken >= bound).all() and (taken <= bound + 2).all()
+    assert bound.mean() == pytest.approx(50 if over else 28.5, abs=1)
+
+
+def test_ways():
+    """Trajectories drawn by hand: under, over, under and back over, never across."""
+    paths = [[(0.4, 0.0), (0.6, 0.0), (0.7, 0.0), (0.8, 0.0)], [(0.4, 1.3), (0.4, 1.3), (0.6, 1.3), (0.8, 1.3)],
+             [(0.4, 0.0), (0.6, 0.0), (0.4, 1.3), (0.6, 1.3)], [(0.4, 0.0), (0.3, 0.0), (0.4, 1.3), (0.4, 1.3)]]
+    under, over = pm.ways(torch.tensor(paths))
+    assert under.tolist() == [True, False, True, False] and over.tolist() == [False, True, False, False]
+
+
+# === the environment ===
+
+
+@pytest.mark.parametrize("start_noise", ["gaussian", "uniform"])
+@pytest.mark.filterwarnings("error")
+def test_check_env(start_noise):
+    gym.register("PointMassWall-v0", entry_point=pm.PointMassWall)  # the checker asks for a spec
+    try:
+        env = gym.make("PointMassWall-v0", render_mode="rgb_array", start_noise=start_noise)
+        check_env(env.unwrapped)
+    finally:
+        del gym.registry["PointMassWall-v0"]
+
+
+def test_environment_is_move():
+    env = pm.PointMassWall()
+    obs, info = env.reset(seed=3)
+    assert np.array_equal(obs, env.reset(seed=3)[0]) and not np.array_equal(obs, env.reset(seed=4)[0])
+    obs, _ = env.reset(seed=3)
+    for t in range(1, 151):
+        action = np.float32([math.sin(t), math.cos(t)])
+        expected, _ = pm.move(torch.from_numpy(obs), torch.from_numpy(action))
+        obs, reward, terminated, truncated, info = env.step(action)
+        assert np.array_equal(obs, expected.numpy()) and obs in env.observation_space
+        assert (reward, terminated, truncated, info) == (0.0, False, t == 150, {"success": False})
+    env.position = np.float32([0.98, 0.15])
+    obs, reward, terminated, _, info = env.step(np.float32([0.02 / S, 0]))
+    assert (reward, terminated, info) == (1.0, True, {"success": True})
+
+
+@pytest.mark.parametrize(("kind", "std"), [("gaussian", 0.02), ("uniform", 0.02 / math.sqrt(3))])
+def test_start_noise(kind, std):
+    starts = pm.start_positions(kind, torch.Generator().manual_seed(0), 20_000)
+    assert starts.mean(0).tolist() == pytest.approx((0, 0.5), abs=1e-3)
+    assert starts.std(0).tolist() == pytest.approx((std, std), rel=0.03)
+    assert kind == "gaussian" or float((starts - torch.tensor((0, 0.5))).abs().max()) <= 0.02 + 1e-6
+
+
+def test_render_shows_wall_goal_and_point():
+    env = pm.PointMassWall(render_mode="rgb_array")
+    env.reset(seed=0)
+    first = env.render()
+    assert first.shape == (340, 300, 3) and first.dtype == np.uint8
+
+    def pixel(x, y):
+        return tuple(first[round((1.45 - y) / 1.7 * 339), round((x + 0.25) / 1.5 * 299)])
+
+    assert pixel(0.5, 0.6) == (0, 0, 0) and pixel(0.5, 1.3) == pixel(0.5, 0.0) == (255, 255, 255)
+    assert pixel(1.0, 0.15) == (0, 160, 0) and pixel(*env.position) == (30, 80, 220)
+
+
+# === data and counts ===
+
+
+def test_scripted_data():
+    args = pm.Args()
+    rows = pm.scripted_data(args, 1)
+    ends = rows[:, 6].nonzero().squeeze(1)
+    assert len(ends) == 100 and ends[-1] == len(rows) - 1  # every one of 100 trajectories ends at the goal
+    lengths = ends.diff(prepend=torch.tensor([-1]))
+    assert 50 <= lengths.min() and lengths.max() <= 90
+    new, goal = pm.move(rows[:, :2], rows[:, 2:4])
+    assert torch.equal(new, rows[:, 4:6]) and torch.equal(goal.float(), rows[:, 6])
+    inside = torch.ones(len(rows) - 1, dtype=torch.bool)
+    inside[ends[:-1]] = False
+    assert torch.equal(rows[1:, :2][inside], rows[:-1, 4:6][inside])
+    for path in torch.tensor_split(rows[:, :2], ends[:-1] + 1):
+        assert [bool(x) for x in pm.ways(path)] == [False, True]
+    assert torch.equal(rows, pm.scripted_data(args, 1)) and not torch.equal(rows[:60], pm.scripted_data(args, 2)[:60])
+
+
+def cell_by_search(row):
+    """The nearest node on each axis, by looking at all of them."""
+    axes = [np.linspace(*limits) for limits in ((-0.25, 1.25, 100), (-0.25, 1.45, 100), (-1, 1, 10), (-1, 1, 10))]
+    return tuple(int(np.abs(axis - x).argmin()) for axis, x in zip(axes, row[:4], strict=True))
+
+
+def test_counts_against_a_dictionary():
+    """Offline data of unequal length for each member, then online steps; the bonus is read from the counts of now."""
+    args = pm.Args(offline_episodes=2, num_seeds=2)
+    offline = [pm.scripted_data(args, 1), pm.scripted_data(args, 2), pm.scripted_data(args, 2)]
+    replay = pm.Replay(offline, 30, "cpu")
+    kept = [list(rows.numpy()) for rows in offline]
+    counts = [Counter(map(cell_by_search, rows)) for rows in kept]
+    coefs, generator = torch.tensor([0.0, 5.0, 25.0]), torch.Generator().manual_seed(0)
+    for t in range(31):
+        uniform = torch.rand(3, 64, generator=generator, dtype=torch.float64)
+        batch = replay.sample(uniform, coefs)
+        for member in range(3) if t % 10 == 0 else ():
+            for k in range(64):
+                row = kept[member][int(uniform[member, k] * len(kept[member]))]
+                bonus = float(coefs[member]) / math.sqrt(counts[member][cell_by_search(row)] + 1)
+                assert float(batch["rewards"][member, k]) == pytest.approx(row[6] + bonus, rel=1e-6)
+                assert batch["observations"][member, k].tolist() == row[:2].tolist()
+                assert batch["masks"][member, k] == 1 - row[6]
+        if t < 30:  # the same few cells again and again
+            rows = torch.tensor([[0.3, 0.3, 0.5, -1.0, 0.31, 0.3, 0.0]]).repeat(3, 1) + 0.01 * (t % 3)
+            replay.add(rows)
+            for member in range(3):
+                kept[member].append(rows[member].numpy())
+                counts[member][cell_by_search(rows[member].numpy())] += 1
+    assert replay.counts.sum(1).tolist() == replay.sizes.tolist() == [len(rows) for rows in kept]
+    assert max(counts[0].values()) >= 10
+    assert [len(replay.online(member)) for member in range(3)] == [30, 30, 30]
+
+
+# === updates ===
+
+
+def agents_of(seeds, log_std_min=-5.0):
+    return pm.Agents(seeds, (16, 16), 1e-3, log_std_min, "pretrain", "cpu")
+
+
+def random_batch(members, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    shapes = {"observations": (2,), "actions": (2,), "next_observations": (2,), "rewards": (), "masks": ()}
+    batch = {name: torch.rand(members, 32, *shape, generator=g) for name, shape in shapes.items()}
+    return {**batch, "masks": (batch["masks"] > 0.2).float()}
+
+
+def test_losses_against_a_plain_formula():
+    """One member, everything written out sample by sample, before any parameter has moved (the V of the target is
+    the new one, so it is read off the updated network)."""
+    args, agents, batch = pm.Args(expectile=0.8, gamma=0.9), agents_of([5]), random_batch(1)
+    before = agents_of([5])
+    losses = pm.iql_update(agents, batch, args, 2.0)
+    value = critic = actor = 0.0
+    with torch.no_grad():
+        for k in range(32):
+            obs, action, new = (2 * batch["observations"][0, k] - 1, batch["actions"][0, k],
+                                2 * batch["next_observations"][0, k] - 1)
+            one = lambda net, x: net(x.expand(len(net.weights[0]), 1, -1))[:, 0, :]  # noqa: E731
+            q_both = one(before.critic, torch.cat([obs, action]))[:, 0]
+            q = q_both.min()
+            diff = q - one(before.value, obs)[0, 0]
+            value += (0.8 if diff > 0 else 0.2) * diff**2 / 32
+            target = batch["rewards"][0, k] + 0.9 * batch["masks"][0, k] * one(agents.value, new)[0, 0]
+            critic += ((q_both - target) ** 2).mean() / 32
+            weight = min(math.exp(2 * (q - one(agents.value, obs)[0, 0])), 100.0)
+            density = torch.distributions.Normal(one(before.actor, obs)[0].tanh(), 1.0).log_prob(action).sum()
+            actor -= weight * (density + math.log(2 * math.pi)) / 32
+    for name, expected in (("value", value), ("critic", critic), ("actor", actor)):
+        assert float(losses[f"losses/{name}"]) == pytest.approx(float(expected), rel=1e-4), name
+
+
+def test_members_do_not_see_each_other():
+    """A batch of three members learns what each learns alone."""
+    args, batch = pm.Args(), random_batch(3)
+    together, alone = agents_of([1, 2, 3]), [agents_of([seed]) for seed in (1, 2, 3)]
+    for _ in range(5):
+        pm.iql_update(together, batch, args, 10.0)
+        for i, agents in enumerate(alone):
+            pm.iql_update(agents, {name: value[i : i + 1] for name, value in batch.items()}, args, 10.0)
+    observations = torch.rand(3, 10, 2, generator=torch.Generator().manual_seed(1))
+    for i, agents in enumerate(alone):
+        torch.testing.assert_close(together.mean(observations)[i], agents.mean(observations[i : i + 1])[0],
+                                   atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(together.std()[i], agents.std()[0], atol=1e-6, rtol=1e-5)
+
+
+def test_std_has_a_floor():
+    agents = agents_of([1], log_std_min=-2.0)
+    with torch.no_grad():
+        agents.log_std.fill_(-9.0)
+    assert agents.std().flatten().tolist() == pytest.approx([math.exp(-2)] * 2)
+
+
+# === whole runs ===
+
+
+def test_run(whole):
+    box, found = whole
+    assert {"metrics.jsonl", "evals.jsonl", "results.json", "figure2.png", "pretrain.pt", "online.pt", "retrain.pt",
+            "checkpoint.pt"} <= found.keys()
+    assert found["figure2.png"].startswith(b"\x89PNG")
+    table = box.started[0].out
+    for word in ("IQL", "IQL + bonus 5", "OOO on the data of IQL + bonus 5", "shortest way under", "reach the goal"):
+        assert word in table
+    losses = [r for r in records(box) if "losses/value" in r]
+    assert {r["phase"] for r in losses} == {"pretrain", "online", "retrain"}
+    assert all(math.isfinite(r[name]) for r in losses for name in r if name.startswith("losses/"))
+    evaluations = records(box, "evals.jsonl")
+    assert {(r["seed"], r["bonus_coef"]) for r in evaluations} == {(1, 0.0), (1, 5.0), (2, 0.0), (2, 5.0)}
+    assert all(len(r["steps"]) == 3 for r in evaluations)
+    states = [torch.load(box.work / "runs" / RUN / f"{phase}.pt", weights_only=True)["agents"]
+              for phase in ("pretrain", "online", "retrain")]
+    for one, other in ((0, 1), (1, 2)):
+        assert all(not torch.equal(states[one][name], states[other][name]) for name in states[0])
+    # The members of a seed begin equal, and only the bonus parts them.
+    first = agents_of([1, 1])
+    assert torch.equal(first.actor.weights[0][0], first.actor.weights[0][1])
+    assert not torch.equal(states[0]["value.weights.0"][0], states[0]["value.weights.0"][1])
+
+
+def test_same_seed_same_bytes_in_a_new_interpreter(whole, box):
+    child = box.run(*SMALL, fresh=True)
+    assert child.code == 0, child.err
+    assert outcome(box) == whole[1]
+
+
+def test_a_seed_does_not_depend_on_the_others(whole, box):
+    """Data, starts and evaluation of seed 2 alone are those of seed 2 beside seed 1; losses up to rounding."""
+    assert box.run(*SMALL, "--seed", 2, "--num-seeds", 1).code == 0
+    name = RUN[:-1] + "2"
+    alone = torch.load(box.work / "runs" / name / "checkpoint.pt", weights_only=True)["online"]
+    beside = torch.load(whole[0].work / "runs" / RUN / "checkpoint.pt", weights_only=True)["online"][2:]
+    torch.testing.assert_close(alone, beside, atol=1e-4, rtol=1e-3)
+
+
+def test_sweep_in_one_command(box):
+    child = box.run(*SMALL, "--bonus-coef", 0, 0.5, 1, 5, 25, "--num-seeds", 1, "--online-steps", 5)
+    assert child.code == 0, child.err
+    rows = json.loads((box.work / "runs" / RUN / "results.json").read_text())["rows"]
+    assert [row["bonus_coef"] for row in rows] == [0, 0, 0.5, 0.5, 1, 1, 5, 5, 25, 25]
+
+
+# === resume ===
+
+RENAME = "os.rename"  # audit event; os.replace is a rename
+MOMENTS = {
+    "before the first checkpoint": ("/checkpoint.pt", 1),
+    "pretraining": ("/checkpoint.pt", 2),
+    "online": ("/checkpoint.pt", 5),
+    "between the exploration policies and their checkpoint": ("/checkpoint.pt", 6),
+    "retraining": ("/checkpoint.pt", 8),
+    "before the figure": ("/figure2.png", 1),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed(whole, box, moment):
+    """A real SIGKILL, then --resume: the same bytes as without it."""
+    assert box.run(*SMALL, signal_at=(signal.SIGKILL, RENAME, *MOMENTS[moment])).code == -signal.SIGKILL
+    child = box.run(*SMALL, "--resume")
+    assert child.code == 0, child.err
+    assert outcome(box) == whole[1]
+
+
+def test_interrupt_from_the_keyboard(whole, box):
+    child = box.run(*SMALL, signal_at=(signal.SIGINT, RENAME, "/checkpoint.pt", 4))
+    assert child.code == 130
+    assert child.err.splitlines()[-1].startswith("error: interrupted") and "Traceback" not in child.err
+    assert box.run(*SMALL, "--resume").code == 0
+    assert outcome(box) == whole[1]
+
+
+def test_resuming_a_finished_run_shows_its_table(whole):
+    box, found = whole
+    child = box.run(*SMALL, "--resume")
+    assert child.code == 0 and child.out == box.started[0].out
+    assert outcome(box) == found
+
+
+# === errors ===
+
+
+def check_refused(child, box, word):
+    assert child.code == 2, child.err
+    assert child.err.startswith("error: ") and child.err.count("\n") == 1 and word in child.err
+    assert box.files() == []
+
+
+@pytest.mark.parametrize(
+    ("words", "word"),
+    [
+        (["--env-id", "point-mass-wal"], "point-mass-wall"),
+        (["--bonus-coef", "5"], "begin with 0"),
+        (["--bonus-coef", "0", "5", "1"], "rise"),
+        (["--bonus-coef", "0", "inf"], "finite"),
+        (["--scale", "0"], "--scale"),
+        (["--gamma", "1"], "--gamma"),
+        (["--expectile", "1"], "--expectile"),
+        (["--num-seeds", "0"], "--num-seeds"),
+        (["--batch-size", "0"], "--batch-size"),
+        (["--online-steps", "0"], "--online-steps"),
+        (["--device", "cuda:99"], "--device"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else None,
+)
+def test_bad_values(words, word, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        pm.main(pm.parse_args([*SMALL, *words]))
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and word in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_says_it_in_one_line(box):
+    check_refused(box.run(*SMALL, "--bonus-coef", 5), box, "begin with 0")
+
+
+def test_existing_run_and_changed_settings_are_refused(whole):
+    box, found = whole
+    for words, word in (([], "--resume"), (["--resume", "--batch-size", 9], "--batch-size was 8")):
+        child = box.run(*SMALL, *words)
+        assert child.code == 2 and child.err.count("\n") == 1 and word in child.err
+    assert outcome(box) == found
+
+
+def test_damaged_checkpoint_is_refused(box):
+    assert box.run(*SMALL, signal_at=(signal.SIGKILL, RENAME, "/checkpoint.pt", 3)).code == -signal.SIGKILL
+    (box.work / "runs" / RUN / "checkpoint.pt").write_bytes(b"not a checkpoint")
+    child = box.run(*SMALL, "--resume")
+    assert child.code == 2 and child.err.count("\n") == 1 and "damaged" in child.err
+
+
+def test_full_disk(whole, box):
+    """The operating system refuses larger files: one line, and the run goes on where there is room again."""
+    child = box.run(*SMALL, file_limit=20_000)
+    assert child.code == 1 and "Traceback" not in child.err
+    assert child.err.splitlines()[-1].startswith("error: ") and "make room" in child.err
+    assert box.run(*SMALL, "--resume").code == 0
+    assert outcome(box) == whole[1]
