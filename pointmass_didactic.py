@@ -98,13 +98,13 @@ class Args:
     offline_episodes: int = 100
     """Scripted trajectories over the wall."""
     # --- phases ---
-    offline_steps: int = 4_000
+    offline_steps: int = 3_000
     """Pretraining: gradient steps on D_off."""
-    online_steps: int = 10_000
+    online_steps: int = 6_000
     """Online phase: environment steps of each member, one gradient step each."""
-    retrain_steps: int = 10_000
+    retrain_steps: int = 6_000
     """Gradient steps of the exploitation agents, from scratch on all data, task reward only."""
-    eval_every: int = 2_000
+    eval_every: int = 1_500
     """Steps of the phase under way between evaluations."""
     eval_episodes: int = 100
     """Episodes of one evaluation, for each member."""
@@ -132,9 +132,9 @@ class Args:
     bonus_coef: tuple[float, ...] = (0.0, 5.0)
     """Coefficients c of c / sqrt(n(s, a) + 1), each for all seeds; the first must be 0, which is plain IQL."""
     # --- logging and checkpoints ---
-    log_every: int = 1_000
+    log_every: int = 500
     """Steps between records of losses and coverage."""
-    checkpoint_every: int = 2_000
+    checkpoint_every: int = 1_000
     """Steps between checkpoints."""
 
 
