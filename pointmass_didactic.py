@@ -100,9 +100,9 @@ class Args:
     # --- phases ---
     offline_steps: int = 3_000
     """Pretraining: gradient steps on D_off."""
-    online_steps: int = 6_000
+    online_steps: int = 12_000
     """Online phase: environment steps of each member, one gradient step each."""
-    retrain_steps: int = 6_000
+    retrain_steps: int = 15_000
     """Gradient steps of the exploitation agents, from scratch on all data, task reward only."""
     eval_every: int = 1_500
     """Steps of the phase under way between evaluations."""
@@ -115,10 +115,14 @@ class Args:
     """Adam's rate for actor, critic and value."""
     gamma: float = 0.97
     """Discount."""
-    tau: float = 0.01
+    tau: float = 0.05
     """Polyak rate of the target critic, per gradient step."""
     hidden_dims: tuple[int, ...] = (64, 64)
     """Hidden layers of actor, critic and value."""
+    num_frequencies: int = 24
+    """Random frequencies whose sines and cosines the networks see beside the position."""
+    frequency: float = 10.0
+    """Standard deviation of these frequencies, in radians per unit of length."""
     # --- IQL ---
     expectile: float = 0.9
     """IQL's tau in (0.5, 1): closer to 1 means closer to a max over actions."""
@@ -126,7 +130,7 @@ class Args:
     """Multiplies the advantage in exp(temperature * A); the paper's eq. 3 divides by beta."""
     retrain_temperature: float = 300.0
     """Temperature of the exploitation agents."""
-    log_std_min: float = -1.0
+    log_std_min: float = -1.5
     """Lower clip of the policy's log standard deviation (upper: 2)."""
     # --- count bonus ---
     bonus_coef: tuple[float, ...] = (0.0, 5.0)
@@ -153,8 +157,8 @@ def parse_args(argv=None):
     args = tyro.cli(Args, args=argv, default=default, description=__doc__)
     if not 0 < args.scale < math.inf:
         fail(f"--scale {args.scale:g} must be above 0, and finite")
-    scaled = {name: max(1, round(getattr(args, name) * args.scale)) for name in BUDGETS if getattr(args, name) > 0}
-    return replace(args, **scaled, scale=1.0)
+    budgets = {name: max(1, round(getattr(args, name) * args.scale)) for name in BUDGETS if getattr(args, name) > 0}
+    return replace(args, **budgets, scale=1.0)
 
 
 def check_args(args):
@@ -170,7 +174,7 @@ def check_args(args):
     if not 0 < args.expectile < 1:
         fail(f"--expectile {args.expectile:g} must be between 0 and 1")
     lowest = {"seed": 0} | dict.fromkeys((*BUDGETS, "num_seeds", "torch_threads", "offline_episodes", "batch_size",
-                                          "eval_episodes"), 1)
+                                          "num_frequencies", "eval_episodes"), 1)
     for name, low in lowest.items():
         if getattr(args, name) < low:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} is too small; the least is {low}")
@@ -584,6 +588,7 @@ class BatchedMLP(nn.Module):
         for member, generator in enumerate(generators):
             for weight in self.weights:
                 nn.init.orthogonal_(weight.data[member], gain=2**0.5, generator=generator)
+            self.weights[-1].data[member] *= 0.1  # first outputs near 0, whatever the features
 
     def forward(self, x):
         for weight, bias in zip(self.weights, self.biases, strict=True):
@@ -591,39 +596,44 @@ class BatchedMLP(nn.Module):
         return x
 
 
-def scaled(positions):
-    """The room to about [-1.4, 1.8]: what the networks see."""
-    return 2 * positions - 1
-
-
 class Agents(nn.Module):
     """The IQL networks of all members, and their optimisers. Policy: tanh(net) plus Gaussian noise with a std that does
     not depend on the state, clipped to [-1, 1]."""
 
-    def __init__(self, seeds, hidden_dims, learning_rate, log_std_min, phase, device):
+    def __init__(self, seeds, args, phase, device):
         """seeds: one for each member."""
         super().__init__()
         generators = [stream(seed, "networks", STREAMS[phase]) for seed in seeds]
-        self.log_std_min = log_std_min
-        self.actor = BatchedMLP(generators, (2, *hidden_dims, 2))
+        self.log_std_min = args.log_std_min
+        frequencies = [args.frequency * torch.randn(2, args.num_frequencies, generator=g) for g in generators]
+        self.register_buffer("frequencies", torch.stack(frequencies))
+        size = 2 + 2 * args.num_frequencies
+        self.actor = BatchedMLP(generators, (size, *args.hidden_dims, 2))
         self.log_std = nn.Parameter(torch.zeros(len(seeds), 1, 2))
-        self.value = BatchedMLP(generators, (2, *hidden_dims, 1))
+        self.value = BatchedMLP(generators, (size, *args.hidden_dims, 1))
         # Two critics a member: the first of all members, then the second of all members.
-        self.critic = BatchedMLP([*generators, *generators], (4, *hidden_dims, 1))
-        self.critic_target = BatchedMLP([*generators, *generators], (4, *hidden_dims, 1)).requires_grad_(False)
+        self.critic, self.critic_target = (BatchedMLP([*generators, *generators], (size + 2, *args.hidden_dims, 1))
+                                           for _ in range(2))
         self.critic_target.load_state_dict(self.critic.state_dict())
+        self.critic_target.requires_grad_(False)
         self.to(device)
-        self.optimizers = {
-            "value": Adam(self.value.parameters(), learning_rate),
-            "critic_actor": Adam([*self.critic.parameters(), *self.actor.parameters(), self.log_std], learning_rate),
-        }
+        critic_actor = [*self.critic.parameters(), *self.actor.parameters(), self.log_std]
+        self.optimizers = {"value": Adam(self.value.parameters(), args.learning_rate),
+                           "critic_actor": Adam(critic_actor, args.learning_rate)}
+
+    def features(self, positions):
+        """What the networks see of positions (members, batch, 2): the positions themselves, and sines and cosines of
+        fixed random frequencies. On bare positions a small network takes very long to learn that the two sides of the
+        wall, next to each other, have different values."""
+        phases = torch.bmm(positions, self.frequencies)
+        return torch.cat([2 * positions - 1, phases.sin(), phases.cos()], -1)
 
     def std(self):
         return self.log_std.clamp(self.log_std_min, 2.0).exp()
 
     def mean(self, positions):
         """Mean actions of positions (members, batch, 2)."""
-        return self.actor(scaled(positions)).tanh()
+        return self.actor(self.features(positions)).tanh()
 
     def full_state(self):
         return {"networks": self.state_dict(), "optimizers": {k: o.state_dict() for k, o in self.optimizers.items()}}
@@ -645,7 +655,7 @@ def iql_update(agents, batch, args, temperature):
     (members, batch, 2), rewards, masks (members, batch). Losses are means over a member's batch and sums over members,
     so that no member sees another's gradient. Returns detached scalars, means over all members."""
     members = len(batch["rewards"])
-    observations, actions = scaled(batch["observations"]), batch["actions"]
+    observations, actions = agents.features(batch["observations"]), batch["actions"]
     pairs = torch.cat([observations, actions], -1).repeat(2, 1, 1)
     with torch.no_grad():
         q_target = agents.critic_target(pairs).view(2, members, -1).amin(0)
@@ -654,7 +664,7 @@ def iql_update(agents, batch, args, temperature):
     agents.optimizers["value"].minimize(value_loss.sum())
     # --- Target: the new V; masks is 0 only at the goal, so the time limit still bootstraps ---
     with torch.no_grad():
-        next_observations = scaled(batch["next_observations"])
+        next_observations = agents.features(batch["next_observations"])
         next_v, v = agents.value(torch.cat([next_observations, observations], 1)).squeeze(-1).chunk(2, 1)
         target = batch["rewards"] + args.gamma * batch["masks"] * next_v
     # --- Q ---
@@ -772,8 +782,7 @@ def build(s):
 
 
 def make_agents(s, phase):
-    return Agents([seed for seed, _ in s.members], s.args.hidden_dims, s.args.learning_rate, s.args.log_std_min, phase,
-                  s.device)
+    return Agents([seed for seed, _ in s.members], s.args, phase, s.device)
 
 
 @torch.no_grad()

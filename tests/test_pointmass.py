@@ -269,8 +269,8 @@ def test_counts_against_a_dictionary():
 # === updates ===
 
 
-def agents_of(seeds, log_std_min=-5.0):
-    return pm.Agents(seeds, (16, 16), 1e-3, log_std_min, "pretrain", "cpu")
+def agents_of(seeds, **options):
+    return pm.Agents(seeds, pm.Args(hidden_dims=(16, 16), **options), "pretrain", "cpu")
 
 
 def random_batch(members, seed=0):
