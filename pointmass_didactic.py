@@ -126,6 +126,8 @@ class Args:
     # --- IQL ---
     expectile: float = 0.9
     """IQL's tau in (0.5, 1): closer to 1 means closer to a max over actions."""
+    retrain_expectile: float = 0.98
+    """Expectile of the exploitation agents, whose data is mostly aimless."""
     temperature: float = 10.0
     """Multiplies the advantage in exp(temperature * A); the paper's eq. 3 divides by beta."""
     retrain_temperature: float = 300.0
@@ -171,8 +173,9 @@ def check_args(args):
         fail(f"--bonus-coef must rise and be finite: {' '.join(map(str, args.bonus_coef))}")
     if not 0 <= args.gamma < 1:
         fail(f"--gamma {args.gamma:g} must be at least 0 and below 1")
-    if not 0 < args.expectile < 1:
-        fail(f"--expectile {args.expectile:g} must be between 0 and 1")
+    for name in ("expectile", "retrain_expectile"):
+        if not 0 < getattr(args, name) < 1:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name):g} must be between 0 and 1")
     lowest = {"seed": 0} | dict.fromkeys((*BUDGETS, "num_seeds", "torch_threads", "offline_episodes", "batch_size",
                                           "num_frequencies", "eval_episodes"), 1)
     for name, low in lowest.items():
@@ -650,7 +653,7 @@ def expectile_loss(diff, expectile):
     return torch.where(diff > 0, expectile, 1.0 - expectile) * diff.square()
 
 
-def iql_update(agents, batch, args, temperature):
+def iql_update(agents, batch, args, expectile, temperature):
     """One IQL update of every member: V, then Q and the policy. batch: observations, actions, next_observations
     (members, batch, 2), rewards, masks (members, batch). Losses are means over a member's batch and sums over members,
     so that no member sees another's gradient. Returns detached scalars, means over all members."""
@@ -660,7 +663,7 @@ def iql_update(agents, batch, args, temperature):
     with torch.no_grad():
         q_target = agents.critic_target(pairs).view(2, members, -1).amin(0)
     # --- V: expectile regression toward the target Q ---
-    value_loss = expectile_loss(q_target - agents.value(observations).squeeze(-1), args.expectile).mean(1)
+    value_loss = expectile_loss(q_target - agents.value(observations).squeeze(-1), expectile).mean(1)
     agents.optimizers["value"].minimize(value_loss.sum())
     # --- Target: the new V; masks is 0 only at the goal, so the time limit still bootstraps ---
     with torch.no_grad():
@@ -801,9 +804,9 @@ def train(s, phase, steps):
     """One phase. pretrain and retrain: gradient steps on the data so far; online: a step of the environment before
     each. Algorithm 1: pretrain and online are optimistic (bonus), retrain is pessimistic (task reward only)."""
     args, p, draws = s.args, s.progress, Draws(s.args, s.seeds, phase, s.device)
-    coefs, temperature = s.coefs, args.temperature
+    coefs, how = s.coefs, (args.expectile, args.temperature)
     if phase == "retrain":
-        coefs, temperature = torch.zeros_like(coefs), args.retrain_temperature
+        coefs, how = torch.zeros_like(coefs), (args.retrain_expectile, args.retrain_temperature)
     with tqdm(total=steps, initial=p[phase], desc=phase, unit="step", dynamic_ncols=True, smoothing=0.05,
               mininterval=1) as bar:
         clock = (time.perf_counter(), p[phase])
@@ -811,7 +814,7 @@ def train(s, phase, steps):
             uniform, noise, starts = draws[p[phase]]
             if phase == "online":
                 act(s, noise, starts)
-            s.losses.add(iql_update(s.agents, s.replay.sample(uniform, coefs), args, temperature))
+            s.losses.add(iql_update(s.agents, s.replay.sample(uniform, coefs), args, *how))
             p[phase] += 1
             bar.update()
             step, last = p[phase], p[phase] == steps
