@@ -98,11 +98,11 @@ class Args:
     offline_episodes: int = 100
     """Scripted trajectories over the wall."""
     # --- phases ---
-    offline_steps: int = 3_000
+    offline_steps: int = 1_500
     """Pretraining: gradient steps on D_off."""
-    online_steps: int = 12_000
+    online_steps: int = 7_000
     """Online phase: environment steps of each member, one gradient step each."""
-    retrain_steps: int = 15_000
+    retrain_steps: int = 6_000
     """Gradient steps of the exploitation agents, from scratch on all data, task reward only."""
     eval_every: int = 1_500
     """Steps of the phase under way between evaluations."""
@@ -121,18 +121,18 @@ class Args:
     """Hidden layers of actor, critic and value."""
     num_frequencies: int = 24
     """Random frequencies whose sines and cosines the networks see beside the position."""
-    frequency: float = 10.0
+    frequency: float = 5.0
     """Standard deviation of these frequencies, in radians per unit of length."""
     # --- IQL ---
     expectile: float = 0.9
     """IQL's tau in (0.5, 1): closer to 1 means closer to a max over actions."""
-    retrain_expectile: float = 0.98
+    retrain_expectile: float = 0.95
     """Expectile of the exploitation agents, whose data is mostly aimless."""
     temperature: float = 10.0
     """Multiplies the advantage in exp(temperature * A); the paper's eq. 3 divides by beta."""
     retrain_temperature: float = 300.0
     """Temperature of the exploitation agents."""
-    log_std_min: float = -1.5
+    log_std_min: float = -1.0
     """Lower clip of the policy's log standard deviation (upper: 2)."""
     # --- count bonus ---
     bonus_coef: tuple[float, ...] = (0.0, 5.0)
