@@ -273,6 +273,12 @@ def agents_of(seeds, **options):
     return pm.Agents(seeds, pm.Args(hidden_dims=(16, 16), **options), "pretrain", "cpu")
 
 
+def seen(agents, position):
+    """The features of one position of the first member, one by one."""
+    phases = [float((position * agents.frequencies[0, :, i]).sum()) for i in range(agents.frequencies.shape[2])]
+    return torch.tensor([*(2 * position - 1).tolist(), *map(math.sin, phases), *map(math.cos, phases)])
+
+
 def random_batch(members, seed=0):
     g = torch.Generator().manual_seed(seed)
     shapes = {"observations": (2,), "actions": (2,), "next_observations": (2,), "rewards": (), "masks": ()}
@@ -289,8 +295,8 @@ def test_losses_against_a_plain_formula():
     value = critic = actor = 0.0
     with torch.no_grad():
         for k in range(32):
-            obs, action, new = (2 * batch["observations"][0, k] - 1, batch["actions"][0, k],
-                                2 * batch["next_observations"][0, k] - 1)
+            obs, new = (seen(before, batch[name][0, k]) for name in ("observations", "next_observations"))
+            action = batch["actions"][0, k]
             one = lambda net, x: net(x.expand(len(net.weights[0]), 1, -1))[:, 0, :]  # noqa: E731
             q_both = one(before.critic, torch.cat([obs, action]))[:, 0]
             q = q_both.min()
@@ -347,7 +353,8 @@ def test_run(whole):
     states = [torch.load(box.work / "runs" / RUN / f"{phase}.pt", weights_only=True)["agents"]
               for phase in ("pretrain", "online", "retrain")]
     for one, other in ((0, 1), (1, 2)):
-        assert all(not torch.equal(states[one][name], states[other][name]) for name in states[0])
+        assert all(not torch.equal(states[one][name], states[other][name]) for name in states[0] if "freq" not in name)
+    assert torch.equal(states[0]["frequencies"], states[1]["frequencies"])
     # The members of a seed begin equal, and only the bonus parts them.
     first = agents_of([1, 1])
     assert torch.equal(first.actor.weights[0][0], first.actor.weights[0][1])
@@ -367,6 +374,20 @@ def test_a_seed_does_not_depend_on_the_others(whole, box):
     alone = torch.load(box.work / "runs" / name / "checkpoint.pt", weights_only=True)["online"]
     beside = torch.load(whole[0].work / "runs" / RUN / "checkpoint.pt", weights_only=True)["online"][2:]
     torch.testing.assert_close(alone, beside, atol=1e-4, rtol=1e-3)
+
+
+def test_exploit_only_repeats_the_retraining(whole):
+    """With the same settings the same bytes; with others, other exploitation agents on the same data."""
+    box, found = whole
+    for name, words in (("again", []), ("other", ["--retrain-temperature", 1])):
+        child = box.run("--exploit-only", f"runs/{RUN}", "--exp-name", name, *words)
+        assert child.code == 0, child.err
+        other = outcome(box, f"point-mass-wall__{name}__1")
+        assert other["online.pt"] == found["online.pt"]
+        assert (other["retrain.pt"] == found["retrain.pt"]) == (other["results.json"] == found["results.json"]) == (
+            name == "again")
+    child = box.run("--exploit-only", f"runs/{RUN}", "--exp-name", "third", "--online-steps", 5)
+    assert child.code == 2 and child.err.count("\n") == 1 and "--online-steps" in child.err
 
 
 def test_sweep_in_one_command(box):
