@@ -384,8 +384,8 @@ def test_exploit_only_repeats_the_retraining(whole):
         assert child.code == 0, child.err
         other = outcome(box, f"point-mass-wall__{name}__1")
         assert other["online.pt"] == found["online.pt"]
-        assert (other["retrain.pt"] == found["retrain.pt"]) == (other["results.json"] == found["results.json"]) == (
-            name == "again")
+        assert (other["retrain.pt"] == found["retrain.pt"]) == (name == "again")
+        assert name == "other" or other["results.json"] == found["results.json"]
     child = box.run("--exploit-only", f"runs/{RUN}", "--exp-name", "third", "--online-steps", 5)
     assert child.code == 2 and child.err.count("\n") == 1 and "--online-steps" in child.err
 
