@@ -431,8 +431,8 @@ class PointMassWall(gym.Env):
 def shortest_steps(starts, over):
     """Least number of steps from starts (..., 2) to the goal, over or under the wall. Both axes move at the same time,
     at most STEP each, so a way takes the sum of its legs' larger axis differences: start, end of the wall, goal."""
-    corner = torch.tensor((WALL_X, WALL_HIGH if over else WALL_LOW))
-    legs = (corner - starts).abs().amax(-1) + (torch.tensor(GOAL) - corner).abs().amax()
+    corner, goal = starts.new_tensor((WALL_X, WALL_HIGH if over else WALL_LOW)), starts.new_tensor(GOAL)
+    legs = (corner - starts).abs().amax(-1) + (goal - corner).abs().amax()
     return ((legs - GOAL_RADIUS) / STEP).ceil()
 
 
@@ -453,7 +453,7 @@ def scripted_data(args, seed):
         owners.append(running.nonzero().squeeze(1))
         positions, running = new, running & ~goal
     if running.any():
-        raise RuntimeError(f"{int(running.sum())} scripted trajectories of seed {seed} miss the goal")
+        fail(f"{int(running.sum())} scripted trajectories of seed {seed} miss the goal; leave out this --seed")
     return torch.cat(rows)[torch.cat(owners).argsort(stable=True)]
 
 
