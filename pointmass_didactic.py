@@ -844,7 +844,7 @@ def where(s, phase):
 
 
 def visits(s):
-    """Of each member's online data: share of the free cells of a 30 x 30 grid that it visited, goals reached, share of
+    """Of each member's online data: share of the cells of a 30 x 30 grid that it visited, goals reached, share of
     its states that lie under the wall's lower end and right of the wall's line."""
     if not s.progress["online"]:
         return {}
