@@ -1276,12 +1276,6 @@ def compiled(function):
     return torch.compile(FunctionType(code, function.__globals__, closure=function.__closure__))
 
 
-def wrap_update(args, update):
-    """update(rows) -> losses as --compile and --cudagraphs want it."""
-    update = compiled(update) if args.compile else update
-    return CudaGraph(update) if args.cudagraphs else update
-
-
 class CudaGraph:
     """Replays update(rows) as one CUDA graph: three eager calls on a side stream (every one a real update), then
     capture. The returned tensors are overwritten by the next call."""
@@ -1307,6 +1301,16 @@ class CudaGraph:
 
 
 # === end shared block: compiled updates ===
+
+
+# === shared block: wrapped update ===
+def wrap_update(args, update):
+    """update(rows) -> losses as --compile and --cudagraphs want it."""
+    update = compiled(update) if args.compile else update
+    return CudaGraph(update) if args.cudagraphs else update
+
+
+# === end shared block: wrapped update ===
 
 
 # === shared block: evaluation ===

@@ -42,6 +42,7 @@ BLOCKS = {
     "simplified td3": {"iql_ooo.py", "td3_rnd.py"},
     "gradient step": {"iql_ooo.py", "td3_rnd.py", "pex.py"},
     "compiled updates": {"iql_ooo.py", "td3_rnd.py", "pex.py", "rlpd_ooo.py", "calql_ooo.py"},
+    "wrapped update": {"iql_ooo.py", "td3_rnd.py", "pex.py", "calql_ooo.py"},
     "evaluation": {"iql_ooo.py", "td3_rnd.py", "pex.py", "rlpd_ooo.py", "calql_ooo.py"},
     "checkpoints": EVERY,
     "session": {"iql_ooo.py", "td3_rnd.py", "pex.py", "rlpd_ooo.py", "calql_ooo.py"},
