@@ -1,5 +1,6 @@
 # `make run`: install, collect a small dataset, train briefly, draw a figure.  `make test`: install, run all tests.
-# Both install requirements.txt into .venv, and only when it has changed since.
+# Both install into .venv what they need (requirements.txt; make test also requirements-reproduce.txt), and only when
+# that has changed since.
 
 PY := .venv/bin/python
 ENV_ID := maze2d-missing-data-large-v1
@@ -21,7 +22,7 @@ run: .venv/.installed
 	@echo "run: drawing runs/$(ENV_ID)__$(EXP_NAME)__1/figure.png"
 	@$(PY) tools/plot_run.py runs/$(ENV_ID)__$(EXP_NAME)__1
 
-test: .venv/.installed
+test: .venv/.installed .venv/.installed-reproduce
 	@echo "test: running pytest $(PYTEST_ARGS)"
 	@$(PY) -m pytest $(PYTEST_ARGS)
 
@@ -37,4 +38,9 @@ lint: .venv/.installed
 	if [ -z "$$found" ]; then echo "error: no Python 3.11 or newer (tried python3.11 and python3)" >&2; exit 1; fi; \
 	$$found -m venv .venv || { echo "error: $$found -m venv failed (Debian: apt install python3-venv)" >&2; exit 1; }
 	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/.installed-reproduce: requirements-reproduce.txt .venv/.installed
+	@echo "install: requirements-reproduce.txt"
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-reproduce.txt
 	@touch $@

@@ -21,7 +21,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
+TOOLS = ["report.py", "reproduce.py"]  # these start the scripts and read what they leave; not single files
+SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if path.name not in TOOLS)
 
 each_script = pytest.mark.parametrize("script", SCRIPTS)
 
@@ -38,6 +39,15 @@ def load(script):
 
 
 # === imports and dependencies ===
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_imports_of_tools_are_required(tool):
+    wanted = [line for line in (ROOT / "requirements-reproduce.txt").read_text().splitlines() if line[0] != "#"]
+    allowed = distributions(required_by_scripts() + wanted)
+    installed = metadata.packages_distributions()
+    names = imported_modules((ROOT / tool).read_text()) - sys.stdlib_module_names - {Path(x).stem for x in TOOLS}
+    assert all(allowed & {canonicalize_name(name) for name in installed.get(x, [])} for x in names), names
 
 
 def required_by_scripts():
@@ -149,7 +159,7 @@ def test_a_wrong_argument_is_refused(script, capsys):
 # A shell command that starts one of our scripts, after an optional prompt, loop head and variables; then its arguments.
 COMMAND = re.compile(
     r"^(?:\$ )?(?:for .*\bdo )?(?:\w+=\S* )*(?:(?:\S*/)?python[\d.]*|uv run) ("
-    + "|".join(map(re.escape, SCRIPTS or ["no scripts yet"]))
+    + "|".join(map(re.escape, SCRIPTS + TOOLS))
     + r")(?= |$)(.*)"
 )
 LOOP = re.compile(r"\bfor (\w+) in ([^;]+)")
@@ -195,7 +205,7 @@ def documented_commands():
     """All (file, script, arguments) in README's code blocks and in the docstrings of the scripts, each once."""
     readme = ROOT / "README.md"
     texts = {"README.md": fenced_blocks(readme.read_text()) if readme.exists() else []}
-    texts |= {script: docstrings((ROOT / script).read_text()) for script in SCRIPTS}
+    texts |= {script: docstrings((ROOT / script).read_text()) for script in SCRIPTS + TOOLS}
     found = [(file, *command) for file, parts in texts.items() for part in parts for command in commands_in(part)]
     return [command for number, command in enumerate(found) if command not in found[:number]]
 
@@ -206,6 +216,8 @@ DOCUMENTED = documented_commands()
 def parse(script, arguments, monkeypatch):
     """Parse a command line of a script as the script does; a run directory it names is made up."""
     module = load(script)
+    if script in TOOLS:
+        return module.parse_args(arguments)
 
     def read_config(run_dir, script):
         # Run directories are called ENV_ID__EXP_NAME__SEED.

@@ -1,0 +1,224 @@
+"""reproduce.py: what its targets expand to, and real local Ray runs of the scripts on tiny data."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from test_structure import load
+
+import reproduce
+
+ROOT = Path(__file__).resolve().parent.parent
+PAPER = json.loads((ROOT / "results" / "paper.json").read_text())
+PARSED = {}  # {command: its Args}: several targets have the same commands
+each_target = pytest.mark.parametrize("target", reproduce.TARGETS)
+
+
+def expand(*argv):
+    return reproduce.expand(*reproduce.parse_args(list(argv)))
+
+
+# === what targets expand to ===
+
+
+def test_there_is_a_target_for_every_table_and_figure():
+    figures = [f"figure{i}" for i in (2, 3, 4, 5, *range(7, 15))]
+    assert set(reproduce.TARGETS) == {"table1", "table2", "table3", *figures, "smoke"}
+
+
+@pytest.mark.parametrize("table", ["table1", "table2", "table3"])
+def test_every_cell_of_the_papers_tables_has_its_runs(table):
+    report = load("report.py")
+    rows = {key for key in PAPER[table] if key not in ("budget", "columns", "average")}
+    runs = {(run.env_id, run.algorithm, run.seed) for run in expand(table, "--seeds", "3")}
+    wanted = {(row, report.COLUMNS[column][0], seed)
+              for row in rows for column in PAPER[table]["columns"] for seed in (1, 2, 3)}
+    assert runs == wanted
+
+
+@each_target
+def test_commands_parse_and_make_the_directories_that_are_named(target, monkeypatch):
+    runs = expand(target, "--seeds", "1", "--scale", "0.5")
+    assert len({run.name for run in runs}) == len(runs)
+    before = {}
+    for run in runs:
+        module = load(run.command[1])
+
+        def read_config(run_dir, script):
+            source = before[Path(run_dir).name]  # a source comes first
+            assert source.command[1] == f"{script}.py"
+            return {"args": asdict(PARSED[shlex.join(source.command)])}
+
+        monkeypatch.setattr(module, "read_config", read_config)
+        key = shlex.join(run.command)
+        if key not in PARSED:
+            PARSED[key] = module.parse_args(run.command[2:])
+        args = PARSED[key]
+        module.check_args(args)
+        assert run.name == f"{args.env_id}__{args.exp_name}__{args.seed}"
+        assert (run.source in before) if run.source else not getattr(args, "exploit_only", "")
+        before[run.name] = run
+
+
+def test_retrainings_reuse_the_online_run():
+    runs = expand("figure13", "--seeds", "1", "--only", "pen-binary-v0")
+    assert [run.algorithm for run in runs] == ["iql_ooo", "warm"]
+    assert runs[1].source == runs[0].name
+    assert "--exploit-only runs/pen-binary-v0__iql_ooo__1" in shlex.join(runs[1].command)
+    # also where the online run is not asked for
+    assert [run.algorithm for run in expand("figure13", "--seeds", "1", "--only", "pen-binary-v0", "--algorithms",
+                                            "warm")] == ["iql_ooo", "warm"]
+
+
+def test_options_narrow_and_scale():
+    run, = expand("table1", "--seeds", "1", "--only", "pen-binary-v0", "--algorithms", "iql", "--scale", "0.1",
+                  "--runs-dir", "elsewhere", "--cpus-per-run", "2", "--", "--compile")
+    assert shlex.join(run.command) == (
+        "python iql_ooo.py --env-id pen-binary-v0 --seed 1 --intrinsic-reward-scale 0 --retrain-at --scale 0.1 "
+        "--compile --exp-name iql --runs-dir elsewhere --torch-threads 2")
+    point, = expand("figure2", "--seeds", "3")
+    assert "--num-seeds 3" in shlex.join(point.command)
+
+
+@pytest.mark.parametrize(("argv", "words"), [
+    (["tabel2"], ["did you mean table2"]),
+    (["table2", "--only", "hammer-truncated-expert-v0"], ["did you mean hammer-truncated-expert-v1"]),
+    (["table2", "--algorithms", "iql_oo"], ["did you mean iql_ooo"]),
+    (["table2", "--seeds", "0"], ["--seeds 0", "least is 1"]),
+    (["table2", "--scale", "0"], ["--scale 0"]),
+    (["figure11", "--only", "ant-sparse-v2", "--algorithms", "no_up"], ["nothing is left"]),
+])
+def test_bad_input_is_one_line(argv, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        expand(*argv)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and err.startswith("error: ")
+    assert all(word in err for word in words)
+
+
+def test_progress_counts_the_steps_of_all_phases(tmp_path):
+    run = expand("figure4", "--seeds", "1", "--only", "pen-binary-v0", "--algorithms", "iql_ooo")[0]
+    assert reproduce.progress(run, tmp_path) == {}
+    path = tmp_path / run.name
+    path.mkdir()
+    settings = dict(offline_steps=100, online_steps=200, retrain_at=[100, 200], retrain_steps=50, exploit_only="")
+    (path / "config.json").write_text(json.dumps({"args": settings}))
+    (path / "timing.jsonl").write_text('{"charts/SPS": 10.0}\n')
+    for record, done in (({"phase": "pretrain", "env_step": 0, "grad_step": 40}, 40),
+                         ({"phase": "online", "env_step": 60, "grad_step": 160}, 160),
+                         ({"phase": "retrain", "env_step": 100, "grad_step": 20}, 220),
+                         ({"phase": "retrain", "env_step": 200, "grad_step": 50}, 400)):
+        (path / "metrics.jsonl").write_text(json.dumps(record | {"eval/normalized_score": 7.0}) + '\n{"half')
+        state = reproduce.progress(run, tmp_path)
+        assert state["done"] == done / 400 and state["left"] == (400 - done) / 10 and state["score"] == 7.0
+
+
+# === real runs ===
+
+
+@pytest.fixture(scope="module")
+def started(tiny):
+    """start(folder, *argv): reproduce.py as a process of its own, on tiny data; they end with the module."""
+    tiny("maze2d-missing-data-large-v1")
+    processes = []
+
+    def start(folder, *argv):
+        env = {**os.environ, "MINARI_DATASETS_PATH": str(tiny.path), "RAY_TMPDIR": "/tmp"}
+        process = subprocess.Popen([sys.executable, str(ROOT / "reproduce.py"), *argv], cwd=folder, env=env, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+
+
+def finish(process, code=0, timeout=560):
+    out, err = process.communicate(timeout=timeout)
+    assert process.returncode == code, out + err
+    return out, err
+
+
+def reproducible(run_dir):
+    return {name: (run_dir / name).read_bytes() for name in ("metrics.jsonl", "evals.jsonl", "results.json")}
+
+
+def wait_for(condition, timeout=120):
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(started, tmp_path_factory):
+    """A folder with the smoke runs of the point mass and, for two seeds, of RLPD + RND and a retraining on its data."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    out, _ = finish(started(folder, "smoke", "--seeds", "2", "--algorithms", "pointmass_didactic", "rlpd_no_up"))
+    assert "5 of 5 runs of smoke are finished" in out
+    return folder
+
+
+def test_a_local_run_finishes_and_is_not_repeated(undisturbed, started):
+    runs = sorted(path.name for path in (undisturbed / "runs").iterdir() if path.name != "logs")
+    cheetah = "halfcheetah-sparse-v2"
+    assert runs == [f"{cheetah}__rlpd_no_up__1", f"{cheetah}__rlpd_no_up__2", f"{cheetah}__rlpd_ooo__1",
+                    f"{cheetah}__rlpd_ooo__2", "point-mass-wall__pointmass_didactic__1"]
+    times = {path: path.stat().st_mtime_ns for path in (undisturbed / "runs").rglob("*") if path.is_file()}
+    same = ("smoke", "--seeds", "2", "--algorithms", "pointmass_didactic", "rlpd_no_up")
+    out, _ = finish(started(undisturbed, *same))
+    assert "all 5 runs of smoke are finished" in out
+    assert times == {path: path.stat().st_mtime_ns for path in (undisturbed / "runs").rglob("*") if path.is_file()}
+    # Finished with other settings: not skipped silently.
+    _, err = finish(started(undisturbed, *same, "--", "--gamma", "0.5"), code=2)
+    assert err.count("\n") == 1 and "gamma" in err
+
+
+def test_a_killed_worker_ends_with_the_metrics_of_an_undisturbed_run(undisturbed, started, tmp_path):
+    name = "halfcheetah-sparse-v2__rlpd_ooo__1"
+    process = started(tmp_path, "smoke", "--seeds", "1", "--algorithms", "rlpd_ooo")
+    run_dir, log = tmp_path / "runs" / name, tmp_path / "runs" / "logs" / f"{name}.txt"
+    wait_for((run_dir / "checkpoint.pt").exists)
+    worker, = re.findall(r"^--- worker (\d+), attempt 1", log.read_text(), re.MULTILINE)
+    os.kill(int(worker), signal.SIGKILL)
+    finish(process)
+    assert log.read_text().count("--- worker") == 2
+    assert reproducible(run_dir) == reproducible(undisturbed / "runs" / name)
+
+
+def test_a_killed_script_and_an_interrupted_driver_continue(undisturbed, started, tmp_path):
+    name = "halfcheetah-sparse-v2__rlpd_ooo__1"
+    argv = ("smoke", "--seeds", "1", "--algorithms", "rlpd_ooo")
+    run_dir, log = tmp_path / "runs" / name, tmp_path / "runs" / "logs" / f"{name}.txt"
+    process = started(tmp_path, *argv)
+    wait_for((run_dir / "checkpoint.pt").exists)
+    worker, = re.findall(r"^--- worker (\d+), attempt 1", log.read_text(), re.MULTILINE)
+    child, = Path(f"/proc/{worker}/task/{worker}/children").read_text().split()
+    os.kill(int(child), signal.SIGKILL)
+    wait_for(lambda: "attempt 2" in log.read_text())
+    process.send_signal(signal.SIGINT)
+    _, err = finish(process, code=130)
+    assert "interrupted" in err and "Traceback" not in err
+    finish(started(tmp_path, *argv))
+    assert reproducible(run_dir) == reproducible(undisturbed / "runs" / name)
+
+
+@pytest.mark.slow
+def test_all_of_smoke_for_two_seeds_and_its_report(started, tmp_path):
+    out, _ = finish(started(tmp_path, "smoke", "--seeds", "2"), timeout=1800)
+    n = len(expand("smoke", "--seeds", "2"))
+    assert f"{n} of {n} runs of smoke are finished" in out
+    subprocess.run([sys.executable, str(ROOT / "report.py"), "runs"], cwd=tmp_path, check=True, timeout=600)
+    text = (tmp_path / "report" / "report.md").read_text()
+    for figure in (2, 3, 4, 5, 9, 10, 11, 12, 13, 14):
+        assert f"## Figure {figure}:" in text
