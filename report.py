@@ -13,7 +13,8 @@ What the numbers are:
  2. +- is the standard error over seeds (standard deviation with n - 1, over sqrt(n)); a single seed has none.
  3. Runs of a cell that differ in a setting that bears on it, in package versions, in the script's text (by commit) or
     in their data are never averaged: report.py stops and names them, or shows them side by side with --mixed.
- 4. Unfinished runs do not count; --unfinished shows their last evaluation, marked with a dagger.
+ 4. Unfinished runs do not count; --unfinished shows their last evaluation, marked with a dagger. A double dagger marks
+    settings that are not the paper's, which are then listed; budgets show as the scale, t over the paper's.
  5. IQM (interquartile mean) and probability of improvement are rliable's, with 95 % stratified bootstrap intervals,
     over the tasks that both methods have and the seeds that are common to all of these.
 """
@@ -26,7 +27,7 @@ import math
 import re
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Annotated
@@ -191,9 +192,16 @@ def read_all(args):
 
 # === cells ===
 @cache
-def full_budget(script, env_id):
+def paper_settings(algorithm, env_id):
+    """dict of an algorithm's settings on a task as the paper has them, and the names of the budgets among them."""
+    what = ALGORITHMS[algorithm]
+    module = importlib.import_module(Path(what.script).stem)
+    return asdict(module.parse_args(["--env-id", env_id, *what.flags])), set(module.BUDGETS)
+
+
+def full_budget(algorithm, env_id):
     """The paper's online steps of a task."""
-    return importlib.import_module(script).parse_args(["--env-id", env_id]).online_steps
+    return paper_settings(algorithm, env_id)[0]["online_steps"]
 
 
 def paper_time(target, env_id, t=None):
@@ -207,7 +215,7 @@ def score_at(record, policy, t):
     """(time, score, episodes) of a policy at the share of the online budget that t is of the paper's, else at the
     last time before, else at the last one; None if there is no score."""
     online = record.config["args"]["online_steps"]
-    wanted = round(t * online / full_budget(record.config["script"], record.env_id))
+    wanted = round(t * online / full_budget(record.algorithm, record.env_id))
     values = {k: v for k, v in getattr(record, policy).items() if k > 0}
     if not values:
         return None
@@ -255,9 +263,19 @@ class Group:
     def details(self, paper_t):
         """Seeds, episodes, time, and its share of the paper's, in a few words."""
         dagger = "" if all(r.finished for _, r in self.seeds.values()) else " † unfinished"
+        dagger += " ‡" if self.departures() else ""
         t = self.settings["t"]
         return (f"{len(self.seeds)} seed{'s' * (len(self.seeds) > 1)}, {self.settings['episodes']} episodes, "
                 f"t = {steps(t)} (scale {t / paper_t:.3g}){dagger}")
+
+
+    def departures(self):
+        """What is not as in the paper beside the budgets: "goal_x 10 instead of 20, ..."."""
+        record = next(iter(self.seeds.values()))[1]
+        usual, budgets = paper_settings(record.algorithm, record.env_id)
+        usual = json.loads(json.dumps(usual))
+        return ", ".join(f"{k} {self.settings[k]} instead of {v}" for k, v in usual.items()
+                         if k not in budgets | NEUTRAL | {"eval_episodes"} and self.settings.get(k, v) != v)
 
 
 def steps(n):
@@ -320,6 +338,7 @@ def table(name, records, args):
             mean, error = paper[task][i]
             texts.append("<br>".join([*text, f"paper {mean:g} ± {error:g}"]))
             notes += [why_not_averaged(groups[0], g) for g in groups[1:]]
+            notes += [f"‡ {task}, {column}: {g.departures()}." for g in groups if g.departures()]
         lines.append(f"| {task} | " + " | ".join(texts) + " |")
     texts = []
     for i, column in enumerate(columns):
@@ -419,7 +438,9 @@ def figure(name, records, args, out):
              "| task | policy | score | |", "|---|---|---|---|"]
     for task in tasks:
         for key in keys:
-            budget = full_budget(Path(ALGORITHMS[key[0]].script).stem, task)
+            if not any((r.env_id, r.algorithm) == (task, key[0]) for r in shown):
+                continue
+            budget = full_budget(key[0], task)
             groups = cell(records, task, *key, budget, args)
             lines += [f"| {task} | {LABELS[key]} | {g.summary()} | {g.details(budget)} |" for g in groups]
     return "\n".join([*lines, ""])

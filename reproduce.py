@@ -350,7 +350,6 @@ def run_all(args, runs):
     except OSError as error:
         fail(f"cannot write in {runs_dir} ({error.strerror}); choose another --runs-dir")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # no run without a GPU share sees a GPU go away
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves the runs beside anything else
     try:
         ray.init(address=args.address, include_dashboard=False if args.address == "local" else None,
