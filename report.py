@@ -264,8 +264,8 @@ class Group:
         """Seeds, episodes, time, and its share of the paper's, in a few words."""
         dagger = "" if all(r.finished for _, r in self.seeds.values()) else " † unfinished"
         dagger += " ‡" if self.departures() else ""
-        t = self.settings["t"]
-        return (f"{len(self.seeds)} seed{'s' * (len(self.seeds) > 1)}, {self.settings['episodes']} episodes, "
+        t, seeds, episodes = self.settings["t"], len(self.seeds), self.settings["episodes"]
+        return (f"{seeds} seed{'s' * (seeds > 1)}, {episodes} episode{'s' * (episodes > 1)}, "
                 f"t = {steps(t)} (scale {t / paper_t:.3g}){dagger}")
 
 

@@ -433,9 +433,11 @@ def table(args, runs, states, height):
     for run in ordered[: max(height, 4)]:
         p = progress(run, args.runs_dir) if states[run.name] != "waiting" else {}
         state = states[run.name] if states[run.name] != "running" else p.get("phase", "starting")
-        left = f"{p['left'] / 3600:.1f} h" if states[run.name] == "running" and "left" in p else ""
+        running = states[run.name] == "running"
         result.add_row(run.name, state, f"{p['done']:.0%}" if "done" in p else "",
-                       f"{p['score']:.1f}" if "score" in p else "", f"{p['speed']:.1f}" if "speed" in p else "", left)
+                       f"{p['score']:.1f}" if "score" in p else "",
+                       f"{p['speed']:.1f}" if running and "speed" in p else "",
+                       f"{p['left'] / 3600:.1f} h" if running and "left" in p else "")
     return result
 
 
