@@ -39,7 +39,7 @@ Choices where paper and official code differ or are silent:
  4. No hyper-parameter is published for this task (the code's flags: 500k pretraining, 1M online steps). Those in Args
     are ours; results/pointmass/README.md says what was tried. The bonus and one update a step are the paper's.
  5. The same losses and networks serve all agents. IQL and IQL + bonus differ in the bonus alone; the exploitation
-    agents have an expectile and a temperature of their own. Q targets are not clipped.
+    agents have settings of their own (retrain_...). Q targets are not clipped.
  6. The networks see sines and cosines of the position beside the position itself: with these, values that jump at the
     wall are learned within the small budgets here.
 """
@@ -104,49 +104,60 @@ class Args:
     offline_episodes: int = 100
     """Scripted trajectories over the wall."""
     # --- phases ---
-    offline_steps: int = 1_500
+    offline_steps: int = 2_000
     """Pretraining: gradient steps on D_off."""
-    online_steps: int = 7_000
+    online_steps: int = 60_000
     """Online phase: environment steps of each member, one gradient step each."""
-    retrain_steps: int = 6_000
+    retrain_steps: int = 15_000
     """Gradient steps of the exploitation agents, from scratch on all data, task reward only."""
-    eval_every: int = 1_500
+    eval_every: int = 5_000
     """Steps of the phase under way between evaluations."""
     eval_episodes: int = 100
     """Episodes of one evaluation, for each member."""
-    # --- optimisation ---
-    batch_size: int = 64
-    """Transitions of one gradient step, for each member."""
-    learning_rate: float = 1e-3
-    """Adam's rate for actor, critic and value."""
-    gamma: float = 0.97
-    """Discount."""
-    tau: float = 0.05
-    """Polyak rate of the target critic, per gradient step."""
+    # --- networks ---
     hidden_dims: tuple[int, ...] = (64, 64)
     """Hidden layers of actor, critic and value."""
     num_frequencies: int = 24
     """Random frequencies whose sines and cosines the networks see beside the position."""
-    frequency: float = 5.0
-    """Standard deviation of these frequencies, in radians per unit of length."""
-    # --- IQL ---
+    # --- optimisation and IQL: pretraining and online phase ---
+    batch_size: int = 64
+    """Transitions of one gradient step, for each member."""
+    learning_rate: float = 1e-3
+    """Adam's rate for actor, critic and value."""
+    gamma: float = 0.95
+    """Discount."""
+    tau: float = 0.01
+    """Polyak rate of the target critic, per gradient step."""
+    frequency: float = 2.0
+    """Standard deviation of the random frequencies, in radians per unit of length: low ones generalise further."""
     expectile: float = 0.9
     """IQL's tau in (0.5, 1): closer to 1 means closer to a max over actions."""
-    retrain_expectile: float = 0.95
-    """Expectile of the exploitation agents, whose data is mostly aimless."""
     temperature: float = 10.0
     """Multiplies the advantage in exp(temperature * A); the paper's eq. 3 divides by beta."""
-    retrain_temperature: float = 300.0
-    """Temperature of the exploitation agents."""
     log_std_min: float = -1.0
     """Lower clip of the policy's log standard deviation (upper: 2)."""
+    # --- the same for the exploitation agents, whose data is mostly aimless and whose goal is smaller than a step ---
+    retrain_batch_size: int = 256
+    """Batch size of the retraining."""
+    retrain_learning_rate: float = 3e-4
+    """Adam's rate in the retraining."""
+    retrain_gamma: float = 0.97
+    """Discount of the retraining."""
+    retrain_tau: float = 0.02
+    """Polyak rate of the retraining."""
+    retrain_frequency: float = 6.0
+    """Frequencies of the retraining: high ones let values jump at the wall."""
+    retrain_expectile: float = 0.97
+    """Expectile of the retraining."""
+    retrain_temperature: float = 300.0
+    """Temperature of the retraining."""
     # --- count bonus ---
     bonus_coef: tuple[float, ...] = (0.0, 5.0)
     """Coefficients c of c / sqrt(n(s, a) + 1), each for all seeds; the first must be 0, which is plain IQL."""
     # --- logging and checkpoints ---
-    log_every: int = 500
+    log_every: int = 1_000
     """Steps between records of losses and coverage."""
-    checkpoint_every: int = 1_000
+    checkpoint_every: int = 2_500
     """Steps between checkpoints."""
 
 
@@ -169,6 +180,14 @@ def parse_args(argv=None):
     return replace(args, **budgets, scale=1.0)
 
 
+def phase_args(args, phase):
+    """The settings of a phase: in the retraining, retrain_X stands in X's place."""
+    if phase != "retrain":
+        return args
+    names = [f.name for f in fields(args) if hasattr(args, f"retrain_{f.name}")]
+    return replace(args, **{name: getattr(args, f"retrain_{name}") for name in names})
+
+
 def check_args(args):
     """Exit 2 with one line for values that cannot work."""
     if args.env_id not in TASKS:
@@ -177,13 +196,14 @@ def check_args(args):
         fail("--bonus-coef must begin with 0: plain IQL, which the others are compared with")
     if list(args.bonus_coef) != sorted(set(args.bonus_coef)) or not math.isfinite(args.bonus_coef[-1]):
         fail(f"--bonus-coef must rise and be finite: {' '.join(map(str, args.bonus_coef))}")
-    if not 0 <= args.gamma < 1:
-        fail(f"--gamma {args.gamma:g} must be at least 0 and below 1")
+    for name in ("gamma", "retrain_gamma"):
+        if not 0 <= getattr(args, name) < 1:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name):g} must be at least 0 and below 1")
     for name in ("expectile", "retrain_expectile"):
         if not 0 < getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} {getattr(args, name):g} must be between 0 and 1")
     lowest = {"seed": 0} | dict.fromkeys((*BUDGETS, "num_seeds", "torch_threads", "offline_episodes", "batch_size",
-                                          "num_frequencies", "eval_episodes"), 1)
+                                          "retrain_batch_size", "num_frequencies", "eval_episodes"), 1)
     for name, low in lowest.items():
         if getattr(args, name) < low:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} is too small; the least is {low}")
@@ -659,7 +679,7 @@ def expectile_loss(diff, expectile):
     return torch.where(diff > 0, expectile, 1.0 - expectile) * diff.square()
 
 
-def iql_update(agents, batch, args, expectile, temperature):
+def iql_update(agents, batch, args):
     """One IQL update of every member: V, then Q and the policy. batch: observations, actions, next_observations
     (members, batch, 2), rewards, masks (members, batch). Losses are means over a member's batch and sums over members,
     so that no member sees another's gradient. Returns detached scalars, means over all members."""
@@ -669,7 +689,7 @@ def iql_update(agents, batch, args, expectile, temperature):
     with torch.no_grad():
         q_target = agents.critic_target(pairs).view(2, members, -1).amin(0)
     # --- V: expectile regression toward the target Q ---
-    value_loss = expectile_loss(q_target - agents.value(observations).squeeze(-1), expectile).mean(1)
+    value_loss = expectile_loss(q_target - agents.value(observations).squeeze(-1), args.expectile).mean(1)
     agents.optimizers["value"].minimize(value_loss.sum())
     # --- Target: the new V; masks is 0 only at the goal, so the time limit still bootstraps ---
     with torch.no_grad():
@@ -680,7 +700,7 @@ def iql_update(agents, batch, args, expectile, temperature):
     q = agents.critic(pairs).view(2, members, -1)
     critic_loss = (q - target).square().mean((0, 2))
     # --- Policy: advantage-weighted regression (eq. 3); constants of the log-density are left out ---
-    weight = (temperature * (q_target - v)).exp().clamp(max=100.0)
+    weight = (args.temperature * (q_target - v)).exp().clamp(max=100.0)
     std = agents.std()
     z = (actions - agents.actor(observations).tanh()) / std
     actor_loss = (weight * (0.5 * z.square() + std.log()).sum(-1)).mean(1)
@@ -791,7 +811,7 @@ def build(s):
 
 
 def make_agents(s, phase):
-    return Agents([seed for seed, _ in s.members], s.args, phase, s.device)
+    return Agents([seed for seed, _ in s.members], phase_args(s.args, phase), phase, s.device)
 
 
 @torch.no_grad()
@@ -809,10 +829,9 @@ def act(s, noise, starts):
 def train(s, phase, steps):
     """One phase. pretrain and retrain: gradient steps on the data so far; online: a step of the environment before
     each. Algorithm 1: pretrain and online are optimistic (bonus), retrain is pessimistic (task reward only)."""
-    args, p, draws = s.args, s.progress, Draws(s.args, s.seeds, phase, s.device)
-    coefs, how = s.coefs, (args.expectile, args.temperature)
-    if phase == "retrain":
-        coefs, how = torch.zeros_like(coefs), (args.retrain_expectile, args.retrain_temperature)
+    args, p = phase_args(s.args, phase), s.progress
+    draws = Draws(args, s.seeds, phase, s.device)
+    coefs = torch.zeros_like(s.coefs) if phase == "retrain" else s.coefs
     with tqdm(total=steps, initial=p[phase], desc=phase, unit="step", dynamic_ncols=True, smoothing=0.05,
               mininterval=1) as bar:
         clock = (time.perf_counter(), p[phase])
@@ -820,7 +839,7 @@ def train(s, phase, steps):
             uniform, noise, starts = draws[p[phase]]
             if phase == "online":
                 act(s, noise, starts)
-            s.losses.add(iql_update(s.agents, s.replay.sample(uniform, coefs), args, *how))
+            s.losses.add(iql_update(s.agents, s.replay.sample(uniform, coefs), args))
             p[phase] += 1
             bar.update()
             step, last = p[phase], p[phase] == steps

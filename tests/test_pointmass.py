@@ -289,9 +289,9 @@ def random_batch(members, seed=0):
 def test_losses_against_a_plain_formula():
     """One member, everything written out sample by sample, before any parameter has moved (the V of the target is
     the new one, so it is read off the updated network)."""
-    args, agents, batch = pm.Args(gamma=0.9), agents_of([5]), random_batch(1)
+    args, agents, batch = pm.Args(gamma=0.9, expectile=0.8, temperature=2.0), agents_of([5]), random_batch(1)
     before = agents_of([5])
-    losses = pm.iql_update(agents, batch, args, 0.8, 2.0)
+    losses = pm.iql_update(agents, batch, args)
     value = critic = actor = 0.0
     with torch.no_grad():
         for k in range(32):
@@ -316,9 +316,9 @@ def test_members_do_not_see_each_other():
     args, batch = pm.Args(), random_batch(3)
     together, alone = agents_of([1, 2, 3]), [agents_of([seed]) for seed in (1, 2, 3)]
     for _ in range(5):
-        pm.iql_update(together, batch, args, 0.9, 10.0)
+        pm.iql_update(together, batch, args)
         for i, agents in enumerate(alone):
-            pm.iql_update(agents, {name: value[i : i + 1] for name, value in batch.items()}, args, 0.9, 10.0)
+            pm.iql_update(agents, {name: value[i : i + 1] for name, value in batch.items()}, args)
     observations = torch.rand(3, 10, 2, generator=torch.Generator().manual_seed(1))
     for i, agents in enumerate(alone):
         torch.testing.assert_close(together.mean(observations)[i], agents.mean(observations[i : i + 1])[0],
