@@ -19,7 +19,7 @@ from runner import Box
 import pointmass_didactic as pm
 
 SMALL = """--num-seeds 2 --offline-episodes 5 --offline-steps 12 --online-steps 40 --retrain-steps 12 --eval-every 20
---eval-episodes 3 --log-every 7 --checkpoint-every 10 --batch-size 8 --hidden-dims 8 8""".split()
+--eval-episodes 3 --log-every 7 --checkpoint-every 10 --batch-size 8 --retrain-batch-size 8 --hidden-dims 8 8""".split()
 RUN = "point-mass-wall__pointmass_didactic__1"
 
 
