@@ -574,7 +574,8 @@ def main(argv=None):
     (out / "report.md").write_text(text)
     (out / "report.html").write_text(html(text, out))
     used = sum(r.finished or args.unfinished for r in records)
-    print(f"{used} of {len(records)} runs are finished and in {out / 'report.md'} and {out / 'report.html'}")
+    print(f"{used} of {len(records)} runs (the others are unfinished) are in {out / 'report.md'} and "
+          f"{out / 'report.html'}")
 
 
 if __name__ == "__main__":
