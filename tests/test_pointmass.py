@@ -495,3 +495,16 @@ def test_full_disk(whole, box):
     assert child.err.splitlines()[-1].startswith("error: ") and "make room" in child.err
     assert box.run(*SMALL, "--resume").code == 0
     assert outcome(box) == whole[1]
+
+
+def test_the_shortest_chain_joins_transitions_within_cells():
+    from tools import pointmass_chain
+
+    def row(x0, x1, goal=0):
+        return [x0, 0.05, 0, 0, x1, 0.05, goal]
+
+    # 0 -> 1 -> 2 -> goal in cells of 0.1, and a detour 0 -> 3 -> 4 -> 2; the goal's row starts in cell 2.
+    rows = np.array([row(0.01, 0.11), row(0.19, 0.21), row(0.25, 0.29, 1), row(0.02, 0.31), row(0.35, 0.41)])
+    assert pointmass_chain.shortest_chain(rows, (0.05, 0.05), 0.1) == 3
+    assert pointmass_chain.shortest_chain(rows, (0.35, 0.05), 0.1) is None
+    assert pointmass_chain.shortest_chain(rows, (0.05, 0.05), 0.01) is None
