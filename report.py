@@ -22,6 +22,7 @@ What the numbers are:
 import base64
 import fnmatch
 import importlib
+import itertools
 import json
 import math
 import re
@@ -457,7 +458,7 @@ def draw(ax, kind, records, keys):
         algorithm, policy = key
         if policy == "exploration" and (kind == "retrain" or kind.startswith("losses/")):
             continue
-        lines = []
+        groups = []  # [(settings, lines)]: no mean over runs of different settings (--mixed)
         for record in (r for r in records if r.algorithm == algorithm):
             if kind == "curves":
                 points = sorted((t, v[0]) for t, v in getattr(record, policy).items())
@@ -465,13 +466,16 @@ def draw(ax, kind, records, keys):
                 points = sorted(record.retraining[max(record.retraining)]) if record.retraining else []
             else:
                 points = measured(record, kind, policy)
-            if points:
-                lines.append(dict(points))
+            if points and getattr(record, policy):
+                settings = settings_of(record, policy, max(getattr(record, policy)))
+                if not any(g[0] == settings for g in groups):
+                    groups.append((settings, []))
+                next(g[1] for g in groups if g[0] == settings).append(dict(points))
                 ax.plot(*zip(*points, strict=True), color=colour, lw=0.8, alpha=0.6,
                         marker="*" if policy == "exploitation" and kind == "curves" else None, ms=7)
-        if lines:
+        for style, (_, lines) in zip(itertools.cycle(("-", "--", ":", "-.")), groups, strict=False):
             common = sorted(set.intersection(*map(set, lines)))
-            ax.plot(common, [np.mean([line[t] for line in lines]) for t in common], color=colour, lw=2,
+            ax.plot(common, [np.mean([line[t] for line in lines]) for t in common], color=colour, lw=2, ls=style,
                     label=f"{LABELS[key]} ({len(lines)})")
 
 
