@@ -99,7 +99,7 @@ TARGETS["smoke"] = [
     (LOCOMOTION[1:], ("rlpd_ooo", "rlpd", "rlpd_no_up")),
     (POINTMASS, ("pointmass_didactic",)),
 ]
-_TINY = "--hidden-dims 16 16 --batch-size 16 --online-steps 1000 --eval-every 1000 --eval-episodes 1 --log-every 250 " \
+_TINY = "--hidden-dims 16 16 --batch-size 16 --online-steps 1000 --eval-every 1000 --eval-episodes 1 --log-every 30 " \
         "--checkpoint-every 250 --matmul-precision highest"
 _TINY_OOO = _TINY + " --rnd-hidden-dims 16 16 --retrain-at 1000 --retrain-steps 60"
 SMOKE = {
