@@ -269,7 +269,6 @@ class Group:
         return (f"{seeds} seed{'s' * (seeds > 1)}, {episodes} episode{'s' * (episodes > 1)}, "
                 f"t = {steps(t)} (scale {t / paper_t:.3g}){dagger}")
 
-
     def departures(self):
         """What is not as in the paper beside the budgets: "goal_x 10 instead of 20, ..."."""
         record = next(iter(self.seeds.values()))[1]

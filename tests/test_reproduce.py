@@ -160,6 +160,24 @@ def wait_for(condition, timeout=120):
         time.sleep(0.02)
 
 
+def test_a_run_that_cannot_work_is_not_repeated_and_says_why(tmp_path):
+    log = tmp_path / "log.txt"
+    command = ["python", "pointmass_didactic.py", "--gamma", "2"]
+    reason = reproduce.execute(command, tmp_path, log, {}, 3)
+    assert reason == "exit status 2: error: --gamma 2 must be at least 0 and below 1"
+    assert log.read_text().count("--- worker") == 1
+    assert reproduce.execute(command, tmp_path, log, {}, 3, "", reason) == "the run whose data it needs failed"
+    assert log.read_text().count("--- worker") == 1
+
+
+def test_failures_are_reported_and_room_is_checked(started, tmp_path):
+    argv = ("smoke", "--seeds", "1", "--algorithms", "pointmass_didactic")
+    out, err = finish(started(tmp_path, *argv, "--", "--gamma", "2"), code=1)
+    assert "0 of 1 runs" in out and "failed: exit status 2: error: --gamma 2" in err
+    _, err = finish(started(tmp_path, *argv, "--cpus-per-run", "9999"), code=2)
+    assert err.startswith("error: a run needs 9999 CPU") and err.count("\n") == 1
+
+
 @pytest.fixture(scope="module")
 def undisturbed(started, tmp_path_factory):
     """A folder with the smoke runs of the point mass and, for two seeds, of RLPD + RND and a retraining on its data."""
