@@ -319,6 +319,13 @@ def setup_torch(args):
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {args.device}: {str(error).splitlines()[0]}")
+    if args.compile and device.type == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        try:
+            get_cpp_compiler()
+        except RuntimeError:
+            fail("--compile needs a C++ compiler on the CPU, and there is none: install g++, or leave --compile out")
     torch.set_num_threads(args.torch_threads)
     torch.manual_seed(args.seed)
     precision = args.matmul_precision
@@ -1577,7 +1584,7 @@ def errors_in_one_line(s):
 def evaluate_saved(args, load_policy, pattern):
     """--eval-only: the run's last policy named like pattern ('..._*.pt', * the environment step), on start states that
     training never saw; --video records three episodes. load_policy(path) -> (act, content)."""
-    setup_torch(args)
+    setup_torch(replace(args, compile=False))
     run = Path(args.eval_only)
     policies = sorted(run.glob(pattern), key=lambda path: int(path.stem.split("_")[1]))
     if not policies:

@@ -94,6 +94,8 @@ class Args:
     """CPU threads of torch."""
     matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"
     """torch.set_float32_matmul_precision; auto takes medium where a test product shows it to be exact float32."""
+    compile: bool = False
+    """Wrap the updates in torch.compile (needs a C++ compiler on the CPU)."""
     resume: bool = False
     """Continue the run of the same name from its last checkpoint; of a finished run: print and draw again."""
     exploit_only: str = ""
@@ -237,6 +239,13 @@ def setup_torch(args):
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {args.device}: {str(error).splitlines()[0]}")
+    if args.compile and device.type == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        try:
+            get_cpp_compiler()
+        except RuntimeError:
+            fail("--compile needs a C++ compiler on the CPU, and there is none: install g++, or leave --compile out")
     torch.set_num_threads(args.torch_threads)
     torch.manual_seed(args.seed)
     precision = args.matmul_precision
@@ -832,6 +841,14 @@ def train(s, phase, steps):
     args, p = phase_args(s.args, phase), s.progress
     draws = Draws(args, s.seeds, phase, s.device)
     coefs = torch.zeros_like(s.coefs) if phase == "retrain" else s.coefs
+
+    def update(uniform):
+        return iql_update(s.agents, s.replay.sample(uniform, coefs), args)
+
+    if args.compile:  # only the update: a compiled act() would copy the whole replay at each step
+        torch.compiler.reset()
+        torch._dynamo.config.trace_autograd_ops = True
+        update = torch.compile(update, fullgraph=True)
     with tqdm(total=steps, initial=p[phase], desc=phase, unit="step", dynamic_ncols=True, smoothing=0.05,
               mininterval=1) as bar:
         clock = (time.perf_counter(), p[phase])
@@ -839,7 +856,7 @@ def train(s, phase, steps):
             uniform, noise, starts = draws[p[phase]]
             if phase == "online":
                 act(s, noise, starts)
-            s.losses.add(iql_update(s.agents, s.replay.sample(uniform, coefs), args))
+            s.losses.add(update(uniform))
             p[phase] += 1
             bar.update()
             step, last = p[phase], p[phase] == steps

@@ -6,6 +6,7 @@
 import hashlib
 import json
 import math
+import shutil
 import signal
 from collections import Counter
 
@@ -390,6 +391,18 @@ def test_exploit_only_repeats_the_retraining(whole):
     assert child.code == 2 and child.err.count("\n") == 1 and "--online-steps" in child.err
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="no C++ compiler")
+def test_compiled_run_is_the_eager_one_but_for_rounding(whole, box):
+    child = box.run(*SMALL, "--compile")
+    assert child.code == 0, child.err
+    eager, compiled = ([r for r in records(b) if "losses/critic" in r] for b in (whole[0], box))
+    assert len(eager) == len(compiled) > 6
+    for a, b in zip(eager, compiled, strict=True):
+        for name in (x for x in a if x.startswith("losses/")):
+            assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-5), (name, a["phase"], a["grad_step"])
+
+
 def test_sweep_in_one_command(box):
     child = box.run(*SMALL, "--bonus-coef", 0, 0.5, 1, 5, 25, "--num-seeds", 1, "--online-steps", 5)
     assert child.code == 0, child.err
@@ -471,6 +484,16 @@ def test_bad_values(words, word, tmp_path, monkeypatch, capsys):
 
 def test_a_process_says_it_in_one_line(box):
     check_refused(box.run(*SMALL, "--bonus-coef", 5), box, "begin with 0")
+
+
+def test_compile_without_a_compiler(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    with pytest.raises(SystemExit) as stop:
+        pm.main(pm.parse_args([*SMALL, "--compile"]))
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith("error: --compile needs a C++ compiler") and err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_existing_run_and_changed_settings_are_refused(whole):
