@@ -14,6 +14,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import torch._inductor.config
 from gymnasium.utils.env_checker import check_env
 from runner import Box
 
@@ -488,8 +489,8 @@ def test_a_process_says_it_in_one_line(box):
 
 def test_compile_without_a_compiler(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    with pytest.raises(SystemExit) as stop:
+    # monkeypatch.setattr would delete the setting for the rest of the process when it ends: not an ordinary module
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}), pytest.raises(SystemExit) as stop:
         pm.main(pm.parse_args([*SMALL, "--compile"]))
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.startswith("error: --compile needs a C++ compiler") and err.count("\n") == 1
