@@ -108,11 +108,11 @@ class Args:
     # --- phases ---
     offline_steps: int = 2_000
     """Pretraining: gradient steps on D_off."""
-    online_steps: int = 60_000
+    online_steps: int = 300_000
     """Online phase: environment steps of each member, one gradient step each."""
-    retrain_steps: int = 15_000
+    retrain_steps: int = 30_000
     """Gradient steps of the exploitation agents, from scratch on all data, task reward only."""
-    eval_every: int = 5_000
+    eval_every: int = 10_000
     """Steps of the phase under way between evaluations."""
     eval_episodes: int = 100
     """Episodes of one evaluation, for each member."""
@@ -141,9 +141,11 @@ class Args:
     # --- the same for the exploitation agents, whose data is mostly aimless and whose goal is smaller than a step ---
     retrain_batch_size: int = 256
     """Batch size of the retraining."""
+    retrain_upsample: int = 8
+    """Transitions of each of its batches that are drawn from those into the goal (section 4.2); 0: uniform batches."""
     retrain_learning_rate: float = 3e-4
     """Adam's rate in the retraining."""
-    retrain_gamma: float = 0.97
+    retrain_gamma: float = 0.95
     """Discount of the retraining."""
     retrain_tau: float = 0.02
     """Polyak rate of the retraining."""
@@ -157,9 +159,9 @@ class Args:
     bonus_coef: tuple[float, ...] = (0.0, 5.0)
     """Coefficients c of c / sqrt(n(s, a) + 1), each for all seeds; the first must be 0, which is plain IQL."""
     # --- logging and checkpoints ---
-    log_every: int = 1_000
+    log_every: int = 2_500
     """Steps between records of losses and coverage."""
-    checkpoint_every: int = 2_500
+    checkpoint_every: int = 10_000
     """Steps between checkpoints."""
 
 
@@ -204,11 +206,14 @@ def check_args(args):
     for name in ("expectile", "retrain_expectile"):
         if not 0 < getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} {getattr(args, name):g} must be between 0 and 1")
-    lowest = {"seed": 0} | dict.fromkeys((*BUDGETS, "num_seeds", "torch_threads", "offline_episodes", "batch_size",
-                                          "retrain_batch_size", "num_frequencies", "eval_episodes"), 1)
+    lowest = {"seed": 0, "retrain_upsample": 0} | dict.fromkeys(
+        (*BUDGETS, "num_seeds", "torch_threads", "offline_episodes", "batch_size", "retrain_batch_size",
+         "num_frequencies", "eval_episodes"), 1)
     for name, low in lowest.items():
         if getattr(args, name) < low:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} is too small; the least is {low}")
+    if args.retrain_upsample > args.retrain_batch_size:
+        fail(f"--retrain-upsample {args.retrain_upsample} is more than --retrain-batch-size {args.retrain_batch_size}")
     if not args.hidden_dims or min(args.hidden_dims) < 1:
         fail("--hidden-dims needs at least one layer, each of at least 1 unit")
 
@@ -559,9 +564,21 @@ class Replay:
         self.counts[self.members, cells] += 1
         self.sizes += 1
 
-    def sample(self, uniform, bonus_coef):
-        """A batch for each member, with the bonus as the counts stand now. uniform: [0, 1), (members, batch)."""
+    def goal_rows(self):
+        """The rows of each member that end at the goal, and their number: (members, most), (members,). The scripted
+        data always holds some."""
+        at_goal = self.data[..., 6] > 0  # rows that are not filled yet are 0
+        numbers = at_goal.sum(1)
+        return at_goal.long().argsort(dim=1, descending=True, stable=True)[:, : int(numbers.max())], numbers
+
+    def sample(self, uniform, bonus_coef, goals=None, upsample=0):
+        """A batch for each member, with the bonus as the counts stand now. uniform: [0, 1), (members, batch). The first
+        `upsample` transitions of a batch are drawn from `goals` (of goal_rows) instead of from all."""
         index, member = (uniform * self.sizes[:, None]).long(), self.members[:, None]
+        if upsample:
+            rows, numbers = goals
+            high = rows.gather(1, (uniform[:, :upsample] * numbers[:, None]).long())
+            index = torch.cat([high, index[:, upsample:]], 1)
         rows, counts = self.data[member, index], self.counts[member, self.cells[member, index]]
         rewards = rows[..., 6] + bonus_coef[:, None] / (counts + 1).sqrt()
         return {"observations": rows[..., 0:2], "actions": rows[..., 2:4], "next_observations": rows[..., 4:6],
@@ -840,10 +857,12 @@ def train(s, phase, steps):
     each. Algorithm 1: pretrain and online are optimistic (bonus), retrain is pessimistic (task reward only)."""
     args, p = phase_args(s.args, phase), s.progress
     draws = Draws(args, s.seeds, phase, s.device)
-    coefs = torch.zeros_like(s.coefs) if phase == "retrain" else s.coefs
+    coefs, goals, upsample = s.coefs, None, 0
+    if phase == "retrain":
+        coefs, goals, upsample = torch.zeros_like(s.coefs), s.replay.goal_rows(), args.retrain_upsample
 
     def update(uniform):
-        return iql_update(s.agents, s.replay.sample(uniform, coefs), args)
+        return iql_update(s.agents, s.replay.sample(uniform, coefs, goals, upsample), args)
 
     if args.compile:  # only the update: a compiled act() would copy the whole replay at each step
         torch.compiler.reset()

@@ -21,7 +21,8 @@ from runner import Box
 import pointmass_didactic as pm
 
 SMALL = """--num-seeds 2 --offline-episodes 5 --offline-steps 12 --online-steps 40 --retrain-steps 12 --eval-every 20
---eval-episodes 3 --log-every 7 --checkpoint-every 10 --batch-size 8 --retrain-batch-size 8 --hidden-dims 8 8""".split()
+--eval-episodes 3 --log-every 7 --checkpoint-every 10 --batch-size 8 --retrain-batch-size 8
+--retrain-upsample 2 --hidden-dims 8 8""".split()
 RUN = "point-mass-wall__pointmass_didactic__1"
 
 
@@ -268,6 +269,24 @@ def test_counts_against_a_dictionary():
     assert [len(replay.online(member)) for member in range(3)] == [30, 30, 30]
 
 
+def test_upsampling_takes_the_first_transitions_of_a_batch_from_those_into_the_goal():
+    args = pm.Args(offline_episodes=4)
+    replay = pm.Replay([pm.scripted_data(args, seed) for seed in (1, 2)], 1, "cpu")
+    replay.add(torch.tensor([[0.99, 0.15, 0.3, 0.0, 1.0, 0.15, 1.0], [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]]))
+    into_goal = [[i for i, row in enumerate(rows[:size]) if row[6]]
+                 for rows, size in zip(replay.data.tolist(), replay.sizes.tolist(), strict=True)]
+    assert [len(x) for x in into_goal] == [5, 4]
+    uniform = torch.rand(2, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    batch = replay.sample(uniform, torch.zeros(2), replay.goal_rows(), upsample=16)
+    plain = replay.sample(uniform, torch.zeros(2))
+    for member in range(2):
+        for k in range(16):
+            row = replay.data[member, into_goal[member][int(uniform[member, k] * len(into_goal[member]))]]
+            assert torch.equal(batch["observations"][member, k], row[:2]) and batch["rewards"][member, k] == 1
+    for name in plain:
+        assert torch.equal(batch[name][:, 16:], plain[name][:, 16:])
+
+
 # === updates ===
 
 
@@ -485,6 +504,7 @@ def test_bad_values(words, word, tmp_path, monkeypatch, capsys):
 
 def test_a_process_says_it_in_one_line(box):
     check_refused(box.run(*SMALL, "--bonus-coef", 5), box, "begin with 0")
+    check_refused(box.run(*SMALL, "--retrain-upsample", 9), box, "more than --retrain-batch-size 8")
 
 
 def test_compile_without_a_compiler(tmp_path, monkeypatch, capsys):
