@@ -26,9 +26,10 @@ batch, but rounding does: a seed run alone is another sample, not the same bytes
     python pointmass_didactic.py                                             # table over 5 seeds, and figure2.png
     python pointmass_didactic.py --seed 1 --num-seeds 1                      # one seed of all three agents
     python pointmass_didactic.py --bonus-coef 0 0.5 1 5 25 --exp-name sweep  # coefficient 0 is IQL
-    python pointmass_didactic.py --scale 5 --exp-name long                   # every budget x 5
+    python pointmass_didactic.py --compile                                   # faster where there is a C++ compiler
+    python pointmass_didactic.py --online-steps 1000000 --exp-name long      # the online steps of the authors' flag
     python pointmass_didactic.py --exploit-only runs/point-mass-wall__pointmass_didactic__1 --exp-name again \
-        --retrain-steps 30000                                                # retraining only, on a run's data
+        --retrain-upsample 0                                                 # retraining only, on a run's data
 
 Choices where paper and official code differ or are silent:
  1. Start noise is the paper's N(0, 0.02^2) on each axis; the code's is uniform in +-0.02 (--start-noise uniform).
@@ -42,6 +43,8 @@ Choices where paper and official code differ or are silent:
     agents have settings of their own (retrain_...). Q targets are not clipped.
  6. The networks see sines and cosines of the position beside the position itself: with these, values that jump at the
     wall are learned within the small budgets here.
+ 7. The retraining draws 8 of 256 transitions from those into the goal (section 4.2; the code's number for its mazes,
+    none is published for this task). Uniformly drawn, one batch in twelve would hold one.
 """
 
 import ctypes
@@ -576,9 +579,9 @@ class Replay:
         `upsample` transitions of a batch are drawn from `goals` (of goal_rows) instead of from all."""
         index, member = (uniform * self.sizes[:, None]).long(), self.members[:, None]
         if upsample:
-            rows, numbers = goals
-            high = rows.gather(1, (uniform[:, :upsample] * numbers[:, None]).long())
-            index = torch.cat([high, index[:, upsample:]], 1)
+            table, numbers = goals
+            at_goal = table.gather(1, (uniform[:, :upsample] * numbers[:, None]).long())
+            index = torch.cat([at_goal, index[:, upsample:]], 1)
         rows, counts = self.data[member, index], self.counts[member, self.cells[member, index]]
         rewards = rows[..., 6] + bonus_coef[:, None] / (counts + 1).sqrt()
         return {"observations": rows[..., 0:2], "actions": rows[..., 2:4], "next_observations": rows[..., 4:6],
