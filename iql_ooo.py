@@ -1317,7 +1317,7 @@ def setup_torch(args):
     if args.compile == "auto":
         updates = count_updates(args)
         args.compile = "on" if compiler and updates >= COMPILE_PAYS else "off"
-        print(f"--compile auto: {args.compile} for {updates:,} updates (pays from {COMPILE_PAYS:,}, with a C++ compiler)")
+        print(f"--compile auto: {args.compile} ({updates:,} updates; pays from {COMPILE_PAYS:,}, with a C++ compiler)")
     elif args.compile == "on" and not compiler:
         fail("--compile on needs a C++ compiler, and there is none: install g++, or leave it off")
     return device
