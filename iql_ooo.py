@@ -32,21 +32,28 @@ Algorithm 1. IQL: arXiv 2110.06169. RND: arXiv 1810.12894.
     python iql_ooo.py --exploit-only runs/pen-binary-v0__iql_ooo__1 --warm-start --exp-name warm               # Fig. 13
     python iql_ooo.py --env-id pen-binary-v0 --sync --exp-name sync                                            # Fig. 14
 
-Choices where paper and official code differ or are silent:
+Where paper and official code differ, the paper wins where it is explicit, else the code, except where the published
+coefficients were tuned with the code's form (4 to 6). Each choice and exception:
  1. AWR weight exp(temperature * advantage), as the code and Table 4's values mean it; eq. 3 divides by beta.
- 2. Hammer: exploration 0.7 / dropout 0 / log_std_min -2, exploitation 0.8 / 0.1 / -5 (code; Table 4 says 0.8 / 0).
- 3. Q targets are clipped in the exploitation phase (code; --no-retrain-q-bounds), from the rewards in its data; in
-    exploration only on binary Adroit, to r in [-1, 5] (code; --q-reward-bounds).
+ 2. Hammer: expectile 0.8, dropout 0 in both phases (Table 4, B.4; the code: 0.7 / 0, and retraining 0.8 / 0.1),
+    log_std_min -2 in exploration, -5 in exploitation (code; the paper says nothing). Kitchen is not in Table 4: code.
+ 3. Q targets are clipped in the exploitation phase (code; --no-retrain-q-bounds), from the rewards in its data, but not
+    with --retrain-frozen-rnd, whose bonus these bounds would cut off (as the code); in exploration only on binary
+    Adroit, to r in [-1, 5] (code; --q-reward-bounds).
  4. Intrinsic reward of s': largest squared feature error (code; --rnd-reward l2 is the paper's squared norm).
  5. RND layers (512, 512), the last one linear (code; --rnd-hidden-dims 512 512 512 is the paper's wording).
- 6. The buffer is append-only and holds all data; the code's ring overwrites the offline data on four tasks.
- 7. Kitchen masks come from the raw reward (0 where all 4 tasks are solved) in both phases; the code forgets this in
+ 6. RND's running standard deviation is of rewards that it has divided already (code; --rnd-normalizer paper: of the raw
+    errors, as appendix A means it).
+ 7. The buffer is append-only and holds all data; the code's ring overwrites the offline data on four tasks.
+ 8. Kitchen masks come from the raw reward (0 where all 4 tasks are solved) in both phases; the code forgets this in
     exploitation. Offline rewards count the tasks that hold now, as recorded (--kitchen-cumulative: ever completed).
- 8. Upsampling (--retrain-upsample rows a batch) per task as the code; on maze2d as the paper, where the code cannot
+ 9. Kitchen observations are 30 of D4RL's 60 numbers, without the goal, which never changes: a reading.
+10. Upsampling (--retrain-upsample rows a batch) per task as the code; on maze2d as the paper, where the code cannot
     run; with no high reward in the data it is off, with a message (code: trains on a shorter batch, or stops).
- 9. Retraining for t uses exactly D_off + D_on[:t] but runs when the episode under way has ended, so that a checkpoint
+11. Fig. 5's TD3 (--retrain-algorithm td3) has the task's dropout in its policy loss only, not in target actions (code).
+12. Retraining for t uses exactly D_off + D_on[:t] but runs when the episode under way has ended, so that a checkpoint
     never has to hold a half-played episode.
-10. Today's packages: README, "Data and environments" (signs, horizons, mazes, goals, noise).
+13. Today's packages: README, "Data and environments" (signs, horizons, mazes, goals, noise).
 """
 
 import difflib
@@ -183,7 +190,7 @@ class Args:
     retrain_log_std_min: float | None = None
     """log_std_min of the exploitation agent (unset: log_std_min)."""
     retrain_q_bounds: bool = True
-    """Clip Q targets to [min, max] reward of the data / (1 - gamma)."""
+    """Clip Q targets to [min, max] reward of the data / (1 - gamma); never with retrain_frozen_rnd."""
     retrain_frozen_rnd: bool = False
     """Add the intrinsic reward of the RND as it stood at time t, never updated (Fig. 3 right)."""
     retrain_upsample: int = 0
@@ -202,6 +209,8 @@ class Args:
 # === shared block: rnd arguments ===
     rnd_reward: Literal["max", "l2"] = "max"
     """max over features of the squared error (code), or their sum (paper)."""
+    rnd_normalizer: Literal["code", "paper"] = "code"
+    """The reward is divided by the running std of rewards already divided (code), or of the raw errors (paper)."""
     rnd_hidden_dims: tuple[int, ...] = (512, 512)
     """Layers of predictor and target, the last one linear."""
     rnd_learning_rate: float = 1e-4
@@ -227,7 +236,7 @@ class Args:
 BUDGETS = ("offline_steps", "online_steps", "retrain_at", "retrain_steps", "eval_every", "log_every",
            "checkpoint_every")
 
-# Overrides of Args per task, from the official IQL configs (Table 4 where they agree; see the numbered list).
+# Overrides of Args per task: Table 4, and the official IQL configs where it says nothing (see the numbered list).
 ADROIT_BINARY = dict(
     offline_steps=25_000, online_steps=1_000_000, retrain_at=(250_000, 500_000, 750_000, 1_000_000),
     expectile=0.8, dropout=0.1, q_reward_bounds=(-1.0, 5.0),
@@ -254,8 +263,7 @@ TASKS = {
         MAZE, data_subset=500_000, remove_discs=((3.5, -3.0, 1.5), (-4.5, 3.0, 1.5), (-4.5, -3.0, 2.0)),
     ),
     "hammer-truncated-expert-v1": dict(
-        offline_steps=50_000, truncate_episodes=20, log_std_min=-2.0,
-        retrain_expectile=0.8, retrain_dropout=0.1, retrain_log_std_min=-5.0,
+        offline_steps=50_000, truncate_episodes=20, expectile=0.8, log_std_min=-2.0, retrain_log_std_min=-5.0,
     ),
 }
 
@@ -1106,39 +1114,46 @@ def update_running(mean, var, count, x):
 
 
 class RND(nn.Module):
-    """Random network distillation (arXiv 1810.12894): the error of a trained predictor of a fixed random network's
-    features of s', divided by the running standard deviation of such errors, is the intrinsic reward."""
+    """Random network distillation (arXiv 1810.12894): the error e of a trained predictor of a fixed random network's
+    features of s', divided by a running standard deviation, is the intrinsic reward."""
 
     def __init__(self, predictor, target, obs_dim, learning_rate, device, *, update_proportion=0.25, reward="max",
-                 reward_before_step=False):
+                 normalizer="code", reward_before_step=False):
         """predictor, target: networks (n, obs_dim) -> (n, features). reward: 'max' over features of the squared error
-        (official code) or 'l2', its sum (paper). reward_before_step: order of the RLPD and Cal-QL codes."""
+        (official code) or 'l2', its sum (paper). normalizer: the standard deviation is that of e ('paper', appendix A:
+        the networks' scale cancels), or of rewards that were already divided ('code': these tend to e / var(e)^(1/4),
+        in which it does not). reward_before_step: order of the RLPD and Cal-QL codes."""
         super().__init__()
         self.predictor, self.target = predictor, target.requires_grad_(False)
-        self.update_proportion, self.reward_form = update_proportion, reward
+        self.update_proportion, self.reward_form, self.normalizer = update_proportion, reward, normalizer
         self.reward_before_step = reward_before_step
         for name, dim in (("obs", obs_dim), ("reward", 1)):
             self.register_buffer(f"{name}_mean", torch.zeros(dim, dtype=torch.float64))
             self.register_buffer(f"{name}_var", torch.ones(dim, dtype=torch.float64))
             # Not 0-d: torch.compile loses what is written into a 0-d float64 tensor on the CPU.
             self.register_buffer(f"{name}_count", torch.full((1,), 1e-4, dtype=torch.float64))
+        if normalizer == "paper":  # squared errors may be so small that a variance of 1 counted 1e-4 times outweighs
+            self.reward_count.zero_()  # theirs for a whole run; thus the first batch replaces it
         self.to(device)
         self.optimizer = Adam(self.predictor.parameters(), learning_rate)
 
     def normalize(self, observations):
         return ((observations - self.obs_mean.float()) / self.obs_var.sqrt().float()).clamp(-5.0, 5.0)
 
-    def reward_of(self, predicted, features):
-        """Intrinsic reward (n,), divided by the running standard deviation, no mean subtracted."""
+    def error_of(self, predicted, features):
+        """The intrinsic reward before its division, shape (n,)."""
         error = (predicted - features).square()
-        error = error.amax(-1) if self.reward_form == "max" else error.sum(-1)
-        return error / self.reward_var.sqrt().float()
+        return error.amax(-1) if self.reward_form == "max" else error.sum(-1)
+
+    def divide(self, error):
+        """By the running standard deviation, no mean subtracted; that of a first batch of one row is 0."""
+        return error / self.reward_var.sqrt().float().clamp(min=1e-12)
 
     @torch.no_grad()
     def intrinsic_rewards(self, next_observations):
         """Reward of the state as it stands; nothing is updated."""
         z = self.normalize(next_observations)
-        return self.reward_of(self.predictor(z), self.target(z))
+        return self.divide(self.error_of(self.predictor(z), self.target(z)))
 
     def update(self, observations, next_observations, uniform=None):
         """One predictor step and the intrinsic rewards of the batch. Returns (rewards (batch,), predictor loss).
@@ -1157,13 +1172,15 @@ class RND(nn.Module):
         loss = error.sum() / mask.sum().clamp(min=1)
         with torch.no_grad():
             if self.reward_before_step:
-                rewards = self.reward_of(self.predictor(z), features)
+                raw = self.error_of(self.predictor(z), features)
         self.optimizer.minimize(loss)
         # --- Rewards with the statistics from before this batch, then the statistics ---
         with torch.no_grad():
             if not self.reward_before_step:
-                rewards = self.reward_of(self.predictor(z), features)
-            update_running(self.reward_mean, self.reward_var, self.reward_count, rewards[:, None])
+                raw = self.error_of(self.predictor(z), features)
+            rewards = self.divide(raw)
+            seen = rewards if self.normalizer == "code" else raw
+            update_running(self.reward_mean, self.reward_var, self.reward_count, seen[:, None])
             update_running(self.obs_mean, self.obs_var, self.obs_count, observations)
         return rewards, loss.detach()
 
@@ -1178,7 +1195,7 @@ class RND(nn.Module):
 def make_rnd(args, obs_dim, device, **options):
     networks = (mlp((obs_dim, *args.rnd_hidden_dims)) for _ in range(2))
     return RND(*networks, obs_dim, args.rnd_learning_rate, device, update_proportion=args.rnd_update_proportion,
-               reward=args.rnd_reward, **options)
+               reward=args.rnd_reward, normalizer=args.rnd_normalizer, **options)
 
 
 # === end shared block: rnd ===
@@ -1243,11 +1260,14 @@ def iql_update(agent, batch, settings, intrinsic_rewards=None):
 # === shared block: simplified td3 ===
 def td3_update(agent, batch, settings, intrinsic_rewards=None, noise=None):
     """The authors' simplified TD3 (Fig. 5): no target actor, no delay, no noise clip, no bounds. The policy's critic
-    is the one before this step's update. noise: standard normal (2, batch, act_dim) for next and policy action."""
+    is the one before this step's update; dropout acts in the policy loss alone. noise: standard normal (2, batch,
+    act_dim) for next and policy action."""
     observations, actions = batch["observations"], batch["actions"]
     noise = torch.randn(2, *actions.shape, device=actions.device) if noise is None else noise
     with torch.no_grad():
+        agent.actor.eval()
         next_actions = agent.actor.act(batch["next_observations"], noise[0])
+        agent.actor.train()
         next_q = agent.critic_target(batch["next_observations"], next_actions).amin(0)
         target = batch["rewards"] + settings.gamma * batch["masks"] * next_q
         if intrinsic_rewards is not None:
@@ -1352,9 +1372,11 @@ def wrap_update(args, update):
 # === shared block: evaluation ===
 def evaluate(env, act, episodes, seed, frames=None):
     """Episodes with act(obs) -> action. Returns a list of dicts: return, length, success (at any step), max_reward.
-    Start states depend on `seed` alone. frames: a list that receives the rendered pictures, or None."""
-    results = []
+    Start states, and the CPU's random numbers that act may draw, depend on `seed` and the episode alone; the training's
+    random numbers are untouched. frames: a list that receives the rendered pictures, or None."""
+    results, training_rng = [], torch.get_rng_state()
     for i in range(episodes):
+        torch.default_generator.manual_seed(derive_seed(seed, "evaluation", i))
         obs, _ = env.reset(seed=derive_seed(seed, "evaluation", i))
         episode, done = {"return": 0.0, "length": 0, "success": False, "max_reward": -float("inf")}, False
         while not done:
@@ -1367,6 +1389,7 @@ def evaluate(env, act, episodes, seed, frames=None):
             episode["success"] = episode["success"] or info["success"]
             episode["max_reward"] = max(episode["max_reward"], reward)
         results.append(episode)
+    torch.set_rng_state(training_rng)
     return results
 
 
@@ -1839,7 +1862,9 @@ def retrain(s, t, outer_rng):
 
     raw = s.buffer.split(s.buffer.data[:n])["rewards"]
     low, high = ((r + args.reward_bias) * args.reward_scale / (1 - args.gamma) for r in (raw.min(), raw.max()))
-    bounds = dict(q_min=float(min(low, high)), q_max=float(max(low, high))) if args.retrain_q_bounds else {}
+    # Of the task's rewards: with a bonus in the target V may go beyond them.
+    bounded = args.retrain_q_bounds and not args.retrain_frozen_rnd
+    bounds = dict(q_min=float(min(low, high)), q_max=float(max(low, high))) if bounded else {}
     settings = Settings(args.gamma, args.tau, first(args.retrain_expectile, args.expectile), args.temperature,
                         args.intrinsic_reward_scale, **bounds)
     update = make_update(args, s.buffer, agent, settings, frozen_rnd, frozen_rnd=True)

@@ -385,7 +385,7 @@ def test_warm_start(session, source):
 
 @pytest.mark.parametrize("dropout", [0.1, 0.0], ids=["same layers", "exploitation without dropout"])
 def test_sync(tiny, session, dropout):
-    """Table 4's hammer has dropout in the exploitation phase only: the two agents' layers are numbered differently."""
+    """Also with dropout in one of the two agents only."""
     tiny(PEN)
     after = []
     session.spy("play_episode", lambda s: after.append((list(s.progress["retrained"]), copy.deepcopy(s.explorer))))
