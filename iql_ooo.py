@@ -20,26 +20,28 @@ Algorithm 1. IQL: arXiv 2110.06169. RND: arXiv 1810.12894.
     python iql_ooo.py --exploit-only runs/pen-binary-v0__iql_ooo__1 --warm-start --exp-name warm               # Fig. 13
     python iql_ooo.py --env-id pen-binary-v0 --sync --exp-name sync                                            # Fig. 14
 
-Where paper and official code differ the paper wins if it is explicit, else the code, except where the published
-coefficients were tuned with the code's form. Choices, exceptions (*) and readings:
+Where paper and official code differ, the paper wins where it is explicit, else the code, except where the published
+coefficients were tuned with the code's form (4 to 6). Each choice and exception:
  1. AWR weight exp(temperature * advantage), as the code and Table 4's values mean it; eq. 3 divides by beta.
- 2. Hammer: expectile 0.8, dropout 0 in both phases (Table 4, B.4; code: 0.7 / 0 and 0.8 / 0.1); log_std_min -2 in
-    exploration, -5 in exploitation (code; the paper is silent). Kitchen is not in Table 4: the code's values.
- 3. Q targets are clipped in the exploitation phase (code; --no-retrain-q-bounds), to the rewards in its data, unless
-    they hold a bonus (--retrain-frozen-rnd); in exploration only on binary Adroit, to r in [-1, 5] (code).
- 4.*Intrinsic reward of s': largest squared feature error (code; --rnd-reward l2 is the paper's squared norm).
- 5.*RND layers (512, 512), the last one linear (code; --rnd-hidden-dims 512 512 512 is the paper's wording).
- 6.*The running variance that normalises the intrinsic reward is fed with rewards that it has already divided (code;
-    --rnd-normalizer paper feeds it with the raw errors, as the paper's appendix A says).
+ 2. Hammer: expectile 0.8, dropout 0 in both phases (Table 4, B.4; the code: 0.7 / 0, and retraining 0.8 / 0.1),
+    log_std_min -2 in exploration, -5 in exploitation (code; the paper says nothing). Kitchen is not in Table 4: code.
+ 3. Q targets are clipped in the exploitation phase (code; --no-retrain-q-bounds), to the rewards in its data, but not
+    with --retrain-frozen-rnd, whose bonus these bounds would cut off (as the code); in exploration only on binary
+    Adroit, to r in [-1, 5] (code; --q-reward-bounds).
+ 4. Intrinsic reward of s': largest squared feature error (code; --rnd-reward l2 is the paper's squared norm).
+ 5. RND layers (512, 512), the last one linear (code; --rnd-hidden-dims 512 512 512 is the paper's wording).
+ 6. RND's running standard deviation is of rewards that it has divided already (code; --rnd-normalizer paper: of the raw
+    errors, as appendix A means it).
  7. The buffer is append-only and holds all data; the code's ring overwrites the offline data on four tasks.
  8. Kitchen masks come from the raw reward (0 where all 4 tasks are solved) in both phases; the code forgets this in
     exploitation. Offline rewards count the tasks that hold now, as recorded (--kitchen-cumulative: ever completed).
-    30 of D4RL's 60 observations: the others are the constant goal. A reading.
- 9. Upsampling (--retrain-upsample rows a batch) per task as the code; on maze2d as the paper, where the code cannot
+ 9. Kitchen observations are 30 of D4RL's 60 numbers, without the goal, which never changes: a reading.
+10. Upsampling (--retrain-upsample rows a batch) per task as the code; on maze2d as the paper, where the code cannot
     run; with no high reward in the data it is off, with a message (code: trains on a shorter batch, or stops).
-10. All retrainings run after the online phase (--sync: at the end of the episode that holds t); the data are the same.
 11. Q bounds and high-reward trajectories come from D_off + D_on[:t]; the code looks at the whole buffer.
-12. Today's packages: docs/tasks.md (signs, horizons, mazes, goals, noise). The two small mazes are not of the paper.
+12. Fig. 5's TD3 (--retrain-algorithm td3) has the task's dropout in its policy loss only, not in target actions (code).
+13. All retrainings run after the online phase (--sync: at the end of the episode that holds t); the data are the same.
+14. Today's packages: docs/tasks.md (signs, horizons, mazes, goals, noise). The two small mazes are not of the paper.
 """
 
 import os
@@ -232,13 +234,13 @@ RANGES = {  # closed interval of every number in Args (None is allowed where it 
     (1, 10**10): "retrain_at retrain_steps eval_every log_every checkpoint_every",
     (1, 2**16): "eval_episodes batch_size",
     (1, 4096): "torch_threads hidden_dims rnd_hidden_dims",
-    (TINY, 1e6): "scale temperature reward_scale retrain_reward_scale",
+    (TINY, 1e6): "scale temperature",
     (-1e9, 1e9): "remove_discs reward_bias mask_reward q_reward_bounds upsample_reward",
     (TINY, 1.0): "learning_rate rnd_learning_rate tau rnd_update_proportion",
     (0.0, 1 - TINY): "gamma dropout retrain_dropout",
     (TINY, 1 - TINY): "expectile retrain_expectile",
     (-20.0, 2.0): "log_std_min retrain_log_std_min",
-    (0.0, 1e6): "intrinsic_reward_scale",
+    (0.0, 1e6): "intrinsic_reward_scale reward_scale retrain_reward_scale",
 }
 
 
@@ -403,7 +405,7 @@ class RND(nn.Module):
         """(n,), divided by the running standard deviation, no mean subtracted; nothing is updated."""
         return self.errors(self.normalize(next_observations)) / self.reward_var.sqrt().float()
 
-    def update(self, observations, next_observations, update_proportion, uniform=None):
+    def update(self, observations, next_observations, update_proportion=0.25, uniform=None):
         """One predictor step and the intrinsic rewards of the batch. Returns (rewards (batch,), predictor loss).
         uniform: draws in [0, 1) that select the training rows, shape (batch,); None draws them."""
         z = self.normalize(next_observations)
