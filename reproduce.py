@@ -308,6 +308,8 @@ def write_whole(path, content):
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
+    except OSError as error:  # that of a write names no file
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
