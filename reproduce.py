@@ -360,8 +360,10 @@ def finished(run, runs_dir):
         if not (path / "results.json").exists():
             return False
         json.loads((path / "results.json").read_text())
-        wanted = json.loads(json.dumps(asdict(load_script(run).parse_args(run.command[2:]))))
-        changed = [k for k, v in wanted.items() if k not in load_script(run).NOT_SETTINGS and saved.get(k) != v]
+        script = load_script(run)
+        wanted = json.loads(json.dumps(asdict(script.parse_args(run.command[2:]))))
+        free = getattr(script, "FREE", None) or script.NOT_SETTINGS  # may change when a run is continued
+        changed = [k for k, v in wanted.items() if k not in free and v not in ("auto", saved.get(k))]
     except FileNotFoundError:  # killed before its config was there
         return False
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -392,7 +394,8 @@ def progress(run, runs_dir):
     are known; speeds of different phases differ, so the time left is rough."""
     path, state, newest = Path(runs_dir) / run.name, {}, None
     try:
-        settings = json.loads((path / "config.json").read_text())["args"]
+        config = json.loads((path / "config.json").read_text())
+        settings = config["args"]
         for record in last_records(path / "metrics.jsonl"):
             newest = newest or record
             if "eval/normalized_score" in record or "eval/success_rate" in record:
@@ -402,13 +405,16 @@ def progress(run, runs_dir):
         for record in last_records(path / "timing.jsonl"):
             state["speed"] = record["charts/SPS"]
             break
-        # Steps of all kinds count alike. A retraining for t comes when the online phase has reached t.
+        # Steps of all kinds count alike. Retrainings come after the online phase; with --sync, and in scripts that
+        # write no run_id, when it has reached their t.
+        after = "run_id" in config and not settings.get("sync")
         phase, t = newest["phase"], newest["env_step"]
         offline, retrain = settings.get("offline_steps", 0), settings.get("retrain_steps", 0)
         times = settings.get("retrain_at", [settings["online_steps"]] if retrain else [])
         explores = not settings.get("exploit_only")
         total = explores * (offline + settings["online_steps"]) + len(times) * retrain
-        done = explores * t + sum(time < t for time in times) * retrain
+        done = explores * (settings["online_steps"] if after and phase == "retrain" else t)
+        done += sum(time < t for time in times) * retrain if phase == "retrain" or not after else 0
         done += newest["grad_step"] if phase in ("pretrain", "retrain") else 0
         done += offline if explores and phase != "pretrain" else 0
         state |= {"phase": phase, "done": min(1.0, done / max(total, 1))}

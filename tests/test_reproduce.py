@@ -66,9 +66,9 @@ def test_commands_parse_and_make_the_directories_that_are_named(target, monkeypa
     for run in runs:
         module = load(run.command[1])
 
-        def read_config(run_dir, script):
+        def read_config(run_dir, *_):
             source = before[Path(run_dir).name]  # a source comes first
-            assert source.command[1] == f"{script}.py"
+            assert source.command[1] == run.command[1]  # noqa: B023
             return {"args": asdict(PARSED[shlex.join(source.command)])}
 
         monkeypatch.setattr(module, "read_config", read_config)
@@ -76,7 +76,7 @@ def test_commands_parse_and_make_the_directories_that_are_named(target, monkeypa
         if key not in PARSED:
             PARSED[key] = module.parse_args(run.command[2:])
         args = PARSED[key]
-        module.check_args(args)
+        getattr(module, "check_args", lambda args: None)(args)
         assert run.name == f"{args.env_id}__{args.exp_name}__{args.seed}"
         assert (run.source in before) if run.source else not getattr(args, "exploit_only", "")
         before[run.name] = run
@@ -254,6 +254,13 @@ def test_progress_counts_the_steps_of_all_phases(tmp_path):
         (path / "metrics.jsonl").write_text(json.dumps(record | {"eval/normalized_score": 7.0}) + '\n{"half')
         state = reproduce.progress(run, tmp_path)
         assert state["done"] == done / 400 and state["left"] == (400 - done) / 10 and state["score"] == 7.0
+    # Scripts that write a run_id retrain after the online phase, unless with --sync.
+    (path / "config.json").write_text(json.dumps({"run_id": "a", "args": settings}))
+    for record, done in (({"phase": "online", "env_step": 160, "grad_step": 160}, 260),
+                         ({"phase": "retrain", "env_step": 100, "grad_step": 20}, 320),
+                         ({"phase": "retrain", "env_step": 200, "grad_step": 50}, 400)):
+        (path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+        assert reproduce.progress(run, tmp_path)["done"] == done / 400
 
 
 # === real runs ===

@@ -3,15 +3,16 @@
     python tools/figure6.py --out figure6.png                      # MUJOCO_GL=osmesa (or egl) where there is no screen
 
 Above, the offline data as training sees it: antmaze and maze2d over their mazes, with the discs (dashed) from which all
-observations were taken, the goal's among them; hammer as the distance from the nail to its goal, with the first
-transitions of each demonstration, which are kept, before the line. Below, the last frame of one such truncated
-demonstration (its actions played again from its first state; how far that is from the data is printed), and the three
-environments. Needs the offline data, as training does; a task whose data is missing ends it.
+observations were taken, the goal's among them; hammer as the height of the hammer over the steps of the demonstrations,
+with the line before which they are kept, and the last frame of one such truncated demonstration (its actions are played
+again from its first state; how far that is from the data is printed). Below, the environments. Needs the offline data,
+as training does, and a GL back end.
 """
 
 import io
 import os
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +21,15 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import iql_ooo  # noqa: E402
 from reproduce import ANTMAZE, HARD, MAZE2D, fail, output_folder, run_main, write_whole  # noqa: E402
+from tools.plot_run import draw_maze, draw_points, load_dataset, maze_of, plt  # noqa: E402
 
 HAMMER = HARD[-1]
-MAX_POINTS = 60_000  # of one scatter
 DEMONSTRATIONS = 100  # drawn of hammer
-NAIL_Z, PALM, TOOL = 44, slice(33, 36), slice(36, 39)  # of hammer's observation (46,)
+HAMMER_Z, NAIL_Z = 38, 44  # in hammer's observation (46,): height of the hammer and of the nail, m
+# Where the camera looks from: point, distance (m), azimuth and elevation (degrees).
+CAMERAS = {ANTMAZE: ((0, 0, 0), 56, 90, -65), MAZE2D: ((0, 0, 0), 14, 90, -65), HAMMER: ((0, -0.1, 0.15), 1.1, 30, -25)}
 
 
 @dataclass
@@ -34,61 +38,52 @@ class Args:
     """File of the picture."""
 
 
-# === what this takes from iql_ooo.py ===
 def offline_data(env, env_id, *flags):
     """The task's offline data as {column: (n, ...)} and its settings; flags are iql_ooo.py's."""
-    import iql_ooo
-
-    a = iql_ooo.parse_args(["--env-id", env_id, *flags])
-    data, _ = iql_ooo.load_dataset(env_id, env, truncate_episodes=a.truncate_episodes, data_subset=a.data_subset,
-                                   remove_discs=a.remove_discs, seed=a.seed)
-    return data, a
-
-
-def make_env(env_id):
-    import iql_ooo
-
-    return iql_ooo.make_env(env_id, "rgb_array")
+    settings = iql_ooo.parse_args(["--env-id", env_id, *flags])
+    return load_dataset(iql_ooo, settings, env, settings.seed)[0], settings
 
 
 # === panels ===
-def picture(ax, env, title):
+def check_gl():
+    """Exit 2 with one line where nothing can be rendered."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # glfw says each thing that fails
+            import mujoco
+
+            context = mujoco.GLContext(8, 8)
+            context.make_current()
+            mujoco.MjrContext(mujoco.MjModel.from_xml_string("<mujoco/>"), mujoco.mjtFontScale.mjFONTSCALE_100)
+            context.free()
+    except Exception as error:  # each back end fails in its own way; the remedy is the same
+        fail(f"nothing can be rendered ({error}); set MUJOCO_GL=egl, or MUJOCO_GL=osmesa with libosmesa6")
+
+
+def draw_environment(ax, env, env_id, title):
     """What the environment looks like now."""
-    ax.imshow(env.render())
-    ax.set(xticks=[], yticks=[])
-    ax.set_title(title)
+    import mujoco
 
-
-def draw_maze(ax, env, data, discs, title):
-    """Walls, positions of the data, the goal's cell and the discs without data."""
-    from matplotlib.patches import Circle, Rectangle
-
-    maze = env.unwrapped.maze
-    size, rows, cols = maze.maze_size_scaling, len(maze.maze_map), len(maze.maze_map[0])
-    for row, col in np.argwhere(np.array(maze.maze_map) == 1):
-        corner = (col - cols / 2) * size, (rows / 2 - row - 1) * size
-        ax.add_patch(Rectangle(corner, size, size, color="0.8", linewidth=0))
-    points = data["observations"][:, :2]
-    chosen = np.random.default_rng(0).permutation(len(points))[:MAX_POINTS]
-    ax.scatter(*points[chosen].T, s=0.5, color="#0072B2", linewidths=0, alpha=0.5, rasterized=True)
-    for x, y, radius in discs:
-        ax.add_patch(Circle((x, y), radius, fill=False, linestyle="--", color="#D55E00", zorder=4))
-    ax.plot(*discs[0][:2], "*", color="#D55E00", markersize=11, markeredgecolor="white", zorder=5)
-    ax.set(xlim=np.array([-0.5, 0.5]) * cols * size, ylim=np.array([-0.5, 0.5]) * rows * size, aspect="equal")
-    ax.set(xticks=[], yticks=[])
-    ax.set_title(f"{title}: {len(points):,} transitions")
+    base = env.unwrapped
+    simulation = getattr(base, "ant_env", getattr(base, "point_env", base))
+    camera, renderer = mujoco.MjvCamera(), mujoco.Renderer(simulation.model, 480, 480)
+    camera.lookat[:], camera.distance, camera.azimuth, camera.elevation = CAMERAS[env_id]
+    renderer.update_scene(simulation.data, camera)
+    ax.imshow(renderer.render())
+    renderer.close()
+    ax.set(xticks=[], yticks=[], title=title)
 
 
 def draw_truncation(ax, whole, kept, steps):
     """Height of the hammer above the table over the steps of a demonstration: what is kept, and what is cut off."""
-    heights = whole["observations"][:, TOOL][:, 2]
+    heights = whole["observations"][:, HAMMER_Z]
     episodes = np.split(heights, np.flatnonzero(np.diff(whole["episodes"])) + 1)
     for episode in episodes[:: max(1, len(episodes) // DEMONSTRATIONS)][:DEMONSTRATIONS]:
         ax.plot(np.arange(steps, len(episode)), episode[steps:], color="0.8", linewidth=0.5)
         ax.plot(episode[:steps], color="#0072B2", linewidth=0.7)
     ax.axvline(steps, color="#D55E00", linestyle="--")
     ax.set(xlabel="step of the demonstration", ylabel="height of the hammer, m")
-    ax.set_title(f"{HAMMER}: {len(kept['rewards']):,} transitions,\nthe first {steps} of each demonstration")
+    ax.set_title(f"{HAMMER}\n{len(kept['rewards']):,} transitions, the first {steps} of each episode")
 
 
 def replay(env, data):
@@ -109,31 +104,28 @@ def replay(env, data):
 
 
 def draw():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, axes = plt.subplots(2, 4, figsize=(16, 7.4), layout="constrained")
-    for column, env_id in enumerate((ANTMAZE, MAZE2D)):
-        env = make_env(env_id)
-        data, settings = offline_data(env, env_id)
-        print(f"{env_id}: {len(data['rewards']):,} transitions", flush=True)
-        draw_maze(axes[0, column], env, data, settings.remove_discs, env_id)
+    check_gl()
+    fig, axes = plt.subplots(2, 4, figsize=(16, 7.6), layout="constrained")
+    mazes = {env_id: maze_of(iql_ooo, env_id) for env_id in (ANTMAZE, MAZE2D)}
+    envs = {env_id: maze[0] for env_id, maze in mazes.items()} | {HAMMER: iql_ooo.make_env(HAMMER)}
+    for ax, (env_id, env) in zip(axes[1], envs.items(), strict=False):  # first, as data takes longer to load
         env.reset(seed=1)
-        picture(axes[1, column], env, env_id)
-        env.close()
-    env = make_env(HAMMER)
-    kept, settings = offline_data(env, HAMMER)
-    whole, _ = offline_data(env, HAMMER, "--truncate-episodes", "0")
+        draw_environment(ax, env, env_id, env_id)
+    for ax, (env_id, maze) in zip(axes[0], mazes.items(), strict=False):
+        data, settings = offline_data(maze[0], env_id)
+        print(f"{env_id}: {len(data['rewards']):,} transitions", flush=True)
+        draw_maze(ax, maze, settings.remove_discs, f"{env_id}\n{len(data['rewards']):,} transitions")
+        draw_points(ax, data["observations"][:, :2], color="#0072B2", alpha=0.5)
+    kept, settings = offline_data(envs[HAMMER], HAMMER)
+    whole, _ = offline_data(envs[HAMMER], HAMMER, "--truncate-episodes", "0")
     print(f"{HAMMER}: {len(kept['rewards']):,} of {len(whole['rewards']):,} transitions", flush=True)
     draw_truncation(axes[0, 2], whole, kept, settings.truncate_episodes)
-    env.reset(seed=1)
-    picture(axes[1, 2], env, HAMMER)
-    print(f"demonstration played again: observations differ by at most {replay(env, kept):.2g}")
-    picture(axes[1, 3], env, f"the last frame of a truncated demonstration (step {settings.truncate_episodes})")
-    axes[0, 3].axis("off")
-    axes[0, 3].text(0, 0.5, "blue: kept   grey line: cut off\ndashed: removed   star: goal", va="center", fontsize=11)
+    print(f"demonstration played again: observations differ by at most {replay(envs[HAMMER], kept):.2g}")
+    title = f"the last frame of a truncated\ndemonstration (step {settings.truncate_episodes})"
+    draw_environment(axes[0, 3], envs[HAMMER], HAMMER, title)
+    axes[1, 3].axis("off")
+    legend = "blue: offline data\ngrey lines: cut off\ndashed: what was removed\nyellow: goal"
+    axes[1, 3].text(0.1, 0.5, legend, va="center", fontsize=12, linespacing=1.6)
     content = io.BytesIO()
     fig.savefig(content, format="png", dpi=90)
     return content.getvalue()

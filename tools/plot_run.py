@@ -16,6 +16,7 @@ exploitation policies; on the right the last policies, a line joining exploratio
 """
 
 import importlib
+import inspect
 import io
 import json
 import os
@@ -91,24 +92,28 @@ def open_run(folder):
 
 
 # === what this takes from the scripts ===
+# Each twice: as the scripts that write a run_id have it, and as the others do.
 def episode_score(script, env_id, episode):
-    return script.normalized_score(script.ENVIRONMENTS[env_id], episode)
+    if hasattr(script, "normalized_score"):
+        return script.normalized_score(script.ENVIRONMENTS[env_id], episode)
+    key, low, high = script.TASKS[env_id].score
+    return 100 * (episode[key] - low) / (high - low)
 
 
-def maze_of(run):
+def maze_of(script, env_id):
     """(environment, position of the goal, its radius) of a maze task, else None."""
-    family = run.script.ENVIRONMENTS[run.args.env_id].family
-    if family not in ("maze2d", "antmaze"):
+    if not env_id.startswith(("maze2d", "antmaze")):
         return None
-    env = run.script.make_env(run.args.env_id)
-    goal = np.add(env.task.goal, run.script.ANTMAZE_DATA_GOAL_OFFSET if family == "antmaze" else 0)
-    return env, goal, run.script.GOAL_RADIUS
+    env = script.make_env(env_id)
+    goal = env.center if hasattr(env, "center") else env.task.goal
+    return env, np.add(goal, script.ANTMAZE_DATA_GOAL_OFFSET if "antmaze" in env_id else 0), script.GOAL_RADIUS
 
 
-def offline_data(run, env, seed):
-    """The offline data of a run, and its report; SystemExit, its reason on stderr, where it is not there."""
-    a = run.args
-    return run.script.load_dataset(
+def load_dataset(script, a, env, seed):
+    """The offline data of settings a, and its report; SystemExit, its reason on stderr, where it is not there."""
+    if "args" in inspect.signature(script.load_dataset).parameters:
+        return script.load_dataset(a, env, seed)
+    return script.load_dataset(
         a.env_id, env, dataset_ids=tuple(a.dataset_id), dataset_path=a.dataset_path, seed=seed,
         truncate_episodes=a.truncate_episodes, data_subset=a.data_subset,
         remove_discs=[tuple(disc) for disc in a.remove_discs])
@@ -117,14 +122,16 @@ def offline_data(run, env, seed):
 def roll_out(run, env, file, episodes):
     """Episodes of a saved policy as evaluate's dicts, each with its path (length, 2). The seed is that of --eval-only:
     start states that training has not used."""
-    act, _ = run.script.load_policy(file)
-    positions = []
+    policy, positions = run.script.load_policy(file), []
+    act = policy[0] if isinstance(policy, tuple) else policy.act
 
     def act_and_record(obs):
         positions.append(obs[:2].copy())
         return act(obs)
 
-    results = run.script.evaluate(env, act_and_record, episodes, run.script.derive_seed(run.args.seed, "eval-only"))
+    agent = act_and_record if isinstance(policy, tuple) else SimpleNamespace(act=act_and_record)
+    results = run.script.evaluate(env, agent, episodes, run.script.derive_seed(run.args.seed, "eval-only"))
+    results = results[0] if isinstance(results, tuple) else results
     paths = np.split(np.array(positions), np.cumsum([episode["length"] for episode in results])[:-1])
     return [episode | {"path": path} for path, episode in zip(paths, results, strict=True)]
 
@@ -230,7 +237,7 @@ def draw_intrinsic(ax, explorer):
 
 
 # === one run: mazes ===
-def draw_maze(ax, run, maze_task, title):
+def draw_maze(ax, maze_task, discs, title):
     """Walls, the goal disc, and the discs without offline data."""
     env, goal, radius = maze_task
     maze = env.unwrapped.maze
@@ -240,7 +247,7 @@ def draw_maze(ax, run, maze_task, title):
             if cell == 1:
                 x, y = (col - (cols - 1) / 2) * size, ((rows - 1) / 2 - row) * size
                 ax.add_patch(Rectangle((x - size / 2, y - size / 2), size, size, color="0.82", linewidth=0))
-    for x, y, r in run.args.remove_discs:
+    for x, y, r in discs:
         ax.add_patch(Circle((x, y), r, fill=False, linestyle="--", linewidth=0.9, color="0.25", zorder=4))
     ax.add_patch(Circle(goal, radius, color="#E69F00", alpha=0.85, linewidth=0, zorder=5))
     ax.set(xlim=np.array([-0.5, 0.5]) * cols * size, ylim=np.array([-0.5, 0.5]) * rows * size, aspect="equal")
@@ -261,11 +268,11 @@ def note(ax, text):
 
 
 def draw_offline_data(ax, run, explorer, maze):
-    draw_maze(ax, run, maze, "Offline data")
+    draw_maze(ax, maze, run.args.remove_discs, "Offline data")
     reason = io.StringIO()
     try:
         with redirect_stderr(reason):  # --data-subset was drawn with the explorer's seed
-            data, report = offline_data(run, maze[0], (explorer or run).args.seed)
+            data, report = load_dataset(run.script, run.args, maze[0], (explorer or run).args.seed)
     except SystemExit:  # what load_dataset does when the data is not there; the figure goes on without it
         print(f"offline data panel left out: {reason.getvalue().strip().removeprefix('error: ')}")
         return note(ax, "not available here")
@@ -279,15 +286,17 @@ def draw_offline_data(ax, run, explorer, maze):
 def visited(run):
     """Positions (n, 2) of the online transitions that the run has kept, in their order."""
     done = max(record["env_step"] for record in run.metrics)
-    if (run.path / "replay.npy").exists():  # rows begin with the observation
-        return np.array(np.load(run.path / "replay.npy", mmap_mode="r", allow_pickle=False)[:done, :2])
+    if columns := run.config.get("replay_columns"):  # {name: [start, stop]} of a row of floats
+        width, start = max(stop for _, stop in columns.values()), columns["observations"][0]
+        rows = np.fromfile(run.path / "replay.bin", np.float32)
+        return rows[: len(rows) // width * width].reshape(-1, width)[:done, start : start + 2]
     chunks = sorted((run.path / "replay").glob("online-*.npz"))
     parts = [np.load(path, allow_pickle=False)["observations"][:, :2] for path in chunks]
     return np.concatenate(parts) if parts else np.zeros((0, 2))
 
 
 def draw_online_data(ax, run, explorer, maze):
-    draw_maze(ax, run, maze, "Online visits" if run.baseline else "Online exploration")
+    draw_maze(ax, maze, run.args.remove_discs, "Online visits" if run.baseline else "Online exploration")
     try:
         positions = visited(explorer) if explorer else []
     except (OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
@@ -304,7 +313,7 @@ def draw_online_data(ax, run, explorer, maze):
 
 def draw_policy(ax, run, maze, file, name, episodes):
     """Trajectories of a saved policy from start states that are the same for every policy of the run."""
-    draw_maze(ax, run, maze, name)
+    draw_maze(ax, maze, run.args.remove_discs, name)
     if not file.exists():
         return note(ax, f"no {file.name} here")
     print(f"rolling out {file.name}, {episodes} episodes", flush=True)
@@ -340,7 +349,7 @@ def draw_mazes(axes, run, explorer, maze, times, episodes):
 
 
 def figure_of_run(run, episodes):
-    explorer, maze = explorer_of(run), maze_of(run)
+    explorer, maze = explorer_of(run), maze_of(run.script, run.args.env_id)
     intrinsic = bool(explorer) and any("rnd/online_mean" in record for record in explorer.metrics)
     panels = 1 + (not run.baseline) + intrinsic
     times = sorted(run.args.save_at if run.baseline else run.args.retrain_at)
