@@ -31,6 +31,7 @@ from typing import Annotated
 import matplotlib
 import numpy as np
 import tyro
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle, Patch, Rectangle
 from matplotlib.ticker import EngFormatter
@@ -465,7 +466,7 @@ def main(argv=None):
         fail(f"{point_mass[0].path}: a run of the point mass is drawn alone; give the others without it")
     out = Path(os.path.expanduser(args.out) or runs[0].path / "figure.png")
     kind = out.suffix.lstrip(".") or "png"
-    if kind not in plt.figure().canvas.get_supported_filetypes() or out.is_dir() or not out.parent.is_dir():
+    if kind not in FigureCanvasAgg.get_supported_filetypes() or out.is_dir() or not out.parent.is_dir():
         fail(f"--out {out}: give a picture file in a folder that exists")
     output_folder(out.parent, "--out")
     importlib.import_module("torch").set_num_threads(1)
@@ -476,6 +477,7 @@ def main(argv=None):
             fig = figure_of_run(runs[0], args.episodes) if len(runs) == 1 else figure_of_runs(runs)
         picture = io.BytesIO()
         fig.savefig(picture, format=kind)
+        plt.close(fig)
     write_whole(out, picture.getvalue())
     print(f"figure: {out}")
 
