@@ -501,6 +501,7 @@ def figure(name, records, args, out):
     lines = [f"## Figure {number}: {title}", "", f"![Figure {number}]({name}.png)", "",
              "Thin: single seeds; thick: their mean where all have the evaluation. Last scores:", "",
              "| task | policy | score | |", "|---|---|---|---|"]
+    notes = []
     for task in tasks:
         for key in keys:
             if not any((r.env_id, r.algorithm) == (task, key[0]) for r in shown):
@@ -508,7 +509,8 @@ def figure(name, records, args, out):
             budget = full_budget(key[0], task)
             groups, _ = cell(records, task, *key, budget, args)
             lines += [f"| {task} | {LABELS[key]} | {g.summary()} | {g.details(budget)} |" for g in groups]
-    return "\n".join([*lines, ""])
+            notes += [f"- ‡ {task}, {LABELS[key]}: {g.departures()}." for g in groups if g.departures()]
+    return "\n".join([*lines, "", *notes, ""])
 
 
 def draw(ax, kind, records, keys):

@@ -185,7 +185,7 @@ def test_a_run_continued_on_other_versions_or_commit_is_not_averaged(later, word
     with pytest.raises(SystemExit) as stop:
         run_report(tmp_path)
     assert stop.value.code == 2 and words in capsys.readouterr().err
-    text = run_report(tmp_path, "--mixed")
+    text = run_report(tmp_path, "--mixed", "--only", "table2")
     cell = row_of(text, "Table 2", HAMMER)["PEX"]
     assert "**20.0 ± 10.0**" in cell and "**50.0**" in cell and "‡" in cell
     note, = [line for line in text.splitlines() if line.startswith(f"- ‡ {HAMMER}, PEX: ")]
@@ -372,4 +372,7 @@ def test_figures_of_the_papers_tasks_and_of_the_data_are_drawn(tmp_path):
     text = run_report(tmp_path)
     for figure in (3, 5, 6, 7, 13):
         assert f"## Figure {figure}:" in text
+    assert f"- ‡ {antmaze}, OOO, warm start: warm_start" not in text.split("## Figure 13:")[1]  # it is what it shows
+    make_run(runs, "iql_ooo", antmaze, 1, {1000: 3.0}, {2_000_000: [(5, 1.0)]}, flags=("--sync", "--gamma", "0.9"))
+    assert f"- ‡ {antmaze}, sync: OOO (IQL): gamma 0.9 instead of 0.99.\n" in run_report(tmp_path, "--only", "figure14")
     assert (tmp_path / "out" / "figure6.png").read_bytes() == b"a picture"

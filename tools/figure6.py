@@ -127,7 +127,7 @@ def draw():
     legend = "blue: offline data\ngrey lines: cut off\ndashed: what was removed\nyellow: goal"
     axes[1, 3].text(0.1, 0.5, legend, va="center", fontsize=12, linespacing=1.6)
     content = io.BytesIO()
-    fig.savefig(content, format="png", dpi=90)
+    fig.savefig(content, format="png", dpi=72)
     return content.getvalue()
 
 
