@@ -78,7 +78,7 @@ import torch.nn.functional as F
 import tyro
 from filelock import FileLock, Timeout
 from torch import nn
-from tqdm import trange
+from tqdm import tqdm
 
 SCRIPT = "iql_ooo"  # written into every file of a run, also by a renamed copy
 
@@ -1199,6 +1199,8 @@ def load_dataset(args, env, seed):
 # --- command line ---
 def fail(message, code=2) -> NoReturn:
     """Say in one line on stderr what was wrong and what to do, and exit."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(code)
 
@@ -1296,7 +1298,7 @@ def due(step, every, last):
 def progress_bar(name, start, stop):
     """Step numbers from start to stop, with a bar on stderr; in a log file it is a line a minute."""
     interval = 0.1 if sys.stderr.isatty() else 60
-    return trange(start, stop, initial=start, total=stop, desc=name, dynamic_ncols=True, mininterval=interval,
+    return tqdm(range(start, stop), initial=start, total=stop, desc=name, dynamic_ncols=True, mininterval=interval,
                   maxinterval=max(10, interval))
 
 
@@ -1587,8 +1589,7 @@ class Run:
             "models": {name: state_of(model) for name, model in models.items()}})
         if self.signal:
             name = signal.Signals(self.signal).name
-            print(f"stopped by {name}, the checkpoint is written; continue with --resume", file=sys.stderr)
-            raise SystemExit(128 + self.signal)
+            fail(f"stopped by {name}; the checkpoint is written, continue with --resume", 128 + self.signal)
 
 
 def provenance(device):

@@ -69,8 +69,21 @@ def test_dataset(tool, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["ooo"]
 
 
+@pytest.mark.parametrize(("maze", "cells"), [("UMaze", 7), ("Medium", 26)])
+def test_the_small_mazes(tool, capfd, maze, cells):
+    """Under an id of their own, of the environment that they name; nothing is printed by other packages."""
+    status, episodes = collect(tool, maze=maze)
+    assert status == 0 and len(episodes) > 5
+    dataset = minari.load_dataset(f"ooo/pointmaze/{maze.lower()}-v0")
+    env = dataset.recover_environment()
+    assert dataset.spec.env_spec.id == f"PointMaze_{maze}-v3"
+    assert sum(cell != 1 for row in env.unwrapped.maze.maze_map for cell in row) == cells
+    err = [line for line in capfd.readouterr().err.replace("\r", "\n").splitlines() if line.strip()]
+    assert all(line.startswith("collect:") for line in err), err
+
+
 def test_time_limit_keeps_the_state_and_draws_a_new_goal(tool, monkeypatch):
-    monkeypatch.setattr(tool, "MAX_EPISODE_STEPS", 40)
+    monkeypatch.setitem(tool.MAX_EPISODE_STEPS, "Large", 40)
     _, episodes = collect(tool)
     check_layout(episodes)
     assert max(len(episode.actions) for episode in episodes) == 40
