@@ -330,6 +330,7 @@ class Actor(nn.Module):
 # === end shared block: networks ===
 
 
+# === shared block: iql agent ===
 class Agent(nn.Module):
     """The networks of one IQL (or TD3) agent and their optimisers."""
 
@@ -357,6 +358,9 @@ class Agent(nn.Module):
     @torch.no_grad()
     def update_target(self, tau):
         torch._foreach_lerp_(list(self.critic_target.parameters()), list(self.critic.parameters()), tau)
+
+
+# === end shared block: iql agent ===
 
 
 # === shared block: rnd ===
@@ -785,21 +789,22 @@ def check_ranges(args):
                     fail(f"--{name.replace('_', '-')} {x} lies outside [{low:g}, {high:g}]")
 
 
-def read_config(run_dir):
-    """config.json of a run of this script; exit 2 if RUN_DIR does not hold one."""
+def read_config(run_dir, scripts=(SCRIPT,)):
+    """config.json of a run of one of the scripts; exit 2 if RUN_DIR does not hold one."""
     path = Path(run_dir).expanduser() / "config.json"
     try:
         config = json.loads(path.read_text())
-        if config["script"] != SCRIPT:
-            fail(f"{run_dir} is a run of {config['script']}; give a run of {SCRIPT}")
+        if config["script"] not in scripts:
+            fail(f"{run_dir} is a run of {config['script']}; give a run of {' or '.join(scripts)}")
         tuples = lambda value: tuple(map(tuples, value)) if isinstance(value, list) else value  # noqa: E731
         config["args"] = {name: tuples(value) for name, value in config["args"].items()}
-        if other := set(config["args"]) ^ {field.name for field in fields(Args)}:
+        other = set(config["args"]) ^ {field.name for field in fields(Args)}
+        if other and config["script"] == SCRIPT:
             fail(f"{path} has other settings than this version of {SCRIPT} ({' '.join(sorted(other))})")
         config["run_id"], config["dataset"]["sha256"], config["versions"], config["resumed"]
         return config
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        fail(f"{path} is not the config of a run of {SCRIPT} ({error!r}); give the folder of a run")
+        fail(f"{path} is not the config of a run of {' or '.join(scripts)} ({error!r}); give the folder of a run")
 
 
 # === end shared block: command line ===
@@ -1384,8 +1389,8 @@ def save_torch(path, content):
     atomic_write(path, data + (64).to_bytes(2, "little") + hashlib.sha256(data).hexdigest().encode())
 
 
-def load_torch(path, device):
-    """A file of save_torch; exit 2 if it is missing, is not as it was written, or is another script's."""
+def load_torch(path, device, scripts=(SCRIPT,)):
+    """A file of save_torch; exit 2 if it is missing, is not as it was written, or is of none of the scripts."""
     try:
         data = Path(path).read_bytes()
         if hashlib.sha256(data[:-66]).hexdigest().encode() != data[-64:]:
@@ -1393,8 +1398,8 @@ def load_torch(path, device):
         content = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
     except OSError as error:
         fail(f"{path} cannot be read ({error.strerror}); has the run come that far?")
-    if content["script"] != SCRIPT:
-        fail(f"{path} was not written by {SCRIPT}; give a run of that script")
+    if content["script"] not in scripts:
+        fail(f"{path} was not written by {' or '.join(scripts)}; give a run of it")
     return content
 
 
