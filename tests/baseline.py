@@ -143,7 +143,7 @@ def check_refused(script, words, named, capsys, folder):
 
 
 def check_compiled(script, args, build):
-    """Four eager and four compiled updates end in equal parameters. build(args, buffer) -> (updates, a step each, {name:
+    """Four eager and four compiled updates end in equal parameters. build(args, buffer) -> (the four functions, {name:
     module})."""
     states = []
     for args.compile in ("off", "on"):
