@@ -1,4 +1,4 @@
-"""What the tests of td3_rnd.py and pex.py have in common: runs in this process, kills, golden vectors."""
+"""What the tests of td3_rnd.py and pex.py have in common: runs in this process, and kills."""
 
 import copy
 import json
@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from runner import Box
 
 HORIZON, KITCHEN_HORIZON = 30, 12  # of the episodes inside this process; kitchen is slow to simulate
@@ -160,62 +159,3 @@ def check_compiled(script, args, build):
                        for key, value in module.state_dict().items()})
     for name, value in states[0].items():
         torch.testing.assert_close(states[1][name], value, rtol=1e-4, atol=3e-5, msg=name)
-
-
-# === the authors' own updates; tests/README.md says where golden/ comes from and what the tolerances are ===
-
-PARAMETERS, GRADIENTS, INFOS = 1e-5, 1e-4, 1e-4
-
-
-def read_golden(name):
-    with np.load(ROOT / "tests" / "golden" / f"{name}.npz", allow_pickle=False) as file:
-        data = {key: file[key] for key in file.files}
-    return data, json.loads(str(data["hyper_json"]))
-
-
-def tensors(data, prefix, step):
-    """The arrays under a prefix, of one update, as tensors."""
-    return {key[len(prefix):]: torch.from_numpy(value[step].copy())
-            for key, value in data.items() if key.startswith(prefix)}
-
-
-def parameters(**networks):
-    """{golden name: (parameter, its view as golden has it)}: weights [out, in], of a critic [num_qs, out, in].
-    networks: golden prefix of an Actor, a Critic or an MLP."""
-    out = {}
-    for prefix, network in networks.items():
-        if hasattr(network, "weights"):
-            for i, (weight, bias) in enumerate(zip(network.weights, network.biases, strict=True)):
-                out[f"{prefix}.{i}.weight"] = weight, weight.data.transpose(-1, -2)
-                out[f"{prefix}.{i}.bias"] = bias, bias.data.squeeze(1)
-            continue
-        layers, names = getattr(network, "net", network).layers, "012"
-        if hasattr(network, "log_std"):
-            out[f"{prefix}.log_std"], names = (network.log_std, network.log_std.data), ("0", "1", "mean")
-        for name, layer in zip(names, layers, strict=True):
-            out[f"{prefix}.{name}.weight"] = layer.weight, layer.weight.data
-            out[f"{prefix}.{name}.bias"] = layer.bias, layer.bias.data
-    return out
-
-
-def load_golden(data, named):
-    for name, (_, view) in named.items():
-        view.copy_(torch.from_numpy(data[f"step0/{name}"]))
-
-
-def near(got, want, tolerance, what):
-    got, want = got.detach().double().numpy(), np.asarray(want, np.float64)
-    assert got.shape == want.shape, (what, got.shape, want.shape)
-    error = np.abs(got - want).max() / max(np.abs(want).max(), 1e-12)
-    assert error <= tolerance, f"{what}: {error:.1e} > {tolerance:.0e}"
-
-
-def check_step(data, named, optimizers, step):
-    """Parameters after an update, and after the first one the gradients (10 x Adam's first moment)."""
-    moments = {p: state["exp_avg"] for o in optimizers for p, state in o.state.items()}
-    for name, (parameter, view) in named.items():
-        near(view, data[f"step{step}/{name}"], PARAMETERS, f"step {step} {name}")
-        if step == 1 and f"step1/adam_m/{name}" in data:
-            moment = moments[parameter]
-            moment = moment.transpose(-1, -2) if moment.ndim == 3 and view.ndim == 3 else moment.reshape(view.shape)
-            near(10 * moment, 10 * data[f"step1/adam_m/{name}"], GRADIENTS, f"gradient {name}")

@@ -9,45 +9,50 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from baseline import (
-    INFOS,
     Session,
     check_compiled,
     check_determinism_and_resume,
     check_refused,
     check_scores,
-    check_step,
-    load_golden,
     losses_of,
-    near,
-    parameters,
-    read_golden,
     read_lines,
     run_directory,
     small_words,
-    tensors,
 )
-from test_losses import ACT, BATCH, HIDDEN, OBS, array, close, forward, log_density, make_batch, q_values
+from test_golden import INFOS, check_step, load, parameters, read, tensors
+from test_golden import close as near
+from test_losses import (
+    ACT,
+    BATCH,
+    CPU,
+    HIDDEN,
+    IQL,
+    OBS,
+    array,
+    close,
+    forward,
+    linears,
+    log_density,
+    make_batch,
+    q_values,
+)
 
 import iql_ooo
 import pex
 
-PEN, POINT, CPU = "pen-binary-v0", "maze2d-missing-data-large-v1", torch.device("cpu")
+PEN, POINT = "pen-binary-v0", "maze2d-missing-data-large-v1"
 SMALL = small_words("--offline-steps", 15, "--learning-starts", 5)
 
 
 @pytest.fixture
 def session(monkeypatch, in_tmp):
     return Session(pex, monkeypatch)
-
-
-def linears(network):
-    """Weights (in, out) and biases of an MLP."""
-    return [array(layer.weight).T for layer in network.layers], [array(layer.bias) for layer in network.layers]
 
 
 def make_agent(learning_rate=1e-2, inv_temperature=10.0, epsilon=0.1):
@@ -195,12 +200,13 @@ def test_played_action_is_clipped(monkeypatch):
 
 def test_golden():
     """Composition and five online updates of the expanded policy, as PEX's own code makes them."""
-    data, hyper = read_golden("pex")
+    data, hyper = read("pex")
     agent = pex.PEXAgent(hyper["obs_dim"], hyper["act_dim"], hyper["hidden_dims"], hyper["lr"], CPU, -5.0,
                          hyper["inv_temperature"], 0.1)
-    frozen = parameters(actor_offline=agent.offline_actor)
-    learnt = parameters(actor=agent.actor, critic=agent.critic, target_critic=agent.critic_target, value=agent.value)
-    load_golden(data, frozen | learnt)
+    learnt = parameters(agent)
+    actors = parameters(SimpleNamespace(**agent._modules | {"actor": agent.offline_actor}))
+    frozen = {name.replace("actor", "actor_offline"): pair for name, pair in actors.items() if name[:5] == "actor"}
+    load(data, frozen | learnt)
 
     batch = tensors(data, "batch/", 0)
     eps, u = (torch.from_numpy(data[f"select/{name}"]) for name in ("eps", "u"))
@@ -221,7 +227,7 @@ def test_golden():
         losses = pex.pex_update(agent, batch, noise=noise, uniform=uniform, **options)
         near(losses["pex/learnt_share"], data["noise/choice"][step].mean(), INFOS, "choice")
         if step + 1 in hyper["snapshots"]:
-            check_step(data, learnt, agent.optimizers, step + 1)
+            assert check_step(data, learnt, agent.optimizers, step + 1) == len(learnt)
     assert hyper["steps"] in hyper["snapshots"]
     for name, (parameter, _) in frozen.items():
         np.testing.assert_array_equal(parameter.detach().numpy(), data[f"step0/{name}"])
@@ -274,7 +280,7 @@ def test_the_frozen_policy_never_moves():
     first = {name: value.clone() for name, value in offline.actor.state_dict().items()}
     fresh = copy.deepcopy(agent.actor.state_dict())
     for _ in range(5):
-        pex.pex_update(agent, make_batch(), gamma=0.99, tau=0.005, expectile=0.7, temperature=3.0)
+        pex.pex_update(agent, make_batch(), **IQL)
     for name, value in first.items():
         assert torch.equal(agent.offline_actor.state_dict()[name], value)
         assert not torch.equal(agent.actor.state_dict()[name], fresh[name])

@@ -11,39 +11,29 @@ import numpy as np
 import pytest
 import torch
 from baseline import (
-    INFOS,
     Session,
     check_compiled,
     check_determinism_and_resume,
     check_refused,
     check_scores,
-    check_step,
-    load_golden,
     losses_of,
-    near,
-    parameters,
-    read_golden,
     read_lines,
     run_directory,
     small_words,
-    tensors,
 )
-from test_losses import ACT, BATCH, HIDDEN, OBS, array, close, forward, make_batch, q_values
+from test_golden import INFOS, check_step, load, parameters, read, tensors
+from test_golden import close as near
+from test_losses import ACT, BATCH, CPU, HIDDEN, OBS, TD3, array, close, forward, linears, make_batch, q_values
 
 import td3_rnd
 
-PEN, CPU = "pen-binary-v0", torch.device("cpu")
+PEN = "pen-binary-v0"
 SMALL = small_words("--rnd-hidden-dims", 16, 16)
 
 
 @pytest.fixture
 def session(monkeypatch, in_tmp):
     return Session(td3_rnd, monkeypatch)
-
-
-def linears(network):
-    """Weights (in, out) and biases of an MLP."""
-    return [array(layer.weight).T for layer in network.layers], [array(layer.bias) for layer in network.layers]
 
 
 def make_agent(learning_rate=1e-2, **options):
@@ -63,11 +53,10 @@ def make_agent(learning_rate=1e-2, **options):
 @pytest.mark.parametrize("name", ["td3_plain", "td3_qbounds_intrinsic"])
 def test_golden(name):
     """The value network, which the authors' code trains on the side, has no influence and is not here."""
-    data, hyper = read_golden(name)
+    data, hyper = read(name)
     agent = td3_rnd.Agent(hyper["obs_dim"], hyper["act_dim"], hyper["hidden_dims"], hyper["actor_lr"], CPU)
-    named = parameters(actor=agent.actor, critic=agent.critic)
-    targets = parameters(target_critic=agent.critic_target)
-    load_golden(data, named | targets)
+    named = parameters(agent)
+    load(data, named)
     for step in range(hyper["steps"]):
         batch = tensors(data, "batch/", step)
         noise = torch.from_numpy(data["noise/action_eps"][step]).expand(2, -1, -1)
@@ -76,7 +65,7 @@ def test_golden(name):
         for ours, theirs in {"losses/critic": "critic_loss", "losses/actor": "actor_loss"}.items():
             near(losses[ours], data[f"info/{theirs}"][step], INFOS, f"step {step} {theirs}")
         if step + 1 in hyper["snapshots"]:
-            check_step(data, named | targets, agent.optimizers, step + 1)
+            assert check_step(data, named, agent.optimizers, step + 1) == len(named)
     assert hyper["steps"] in hyper["snapshots"]
 
 
@@ -86,8 +75,7 @@ def test_dropout_is_in_the_policy_loss_alone():
     noise, losses = torch.randn(2, BATCH, ACT), []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        update = dict(gamma=0.99, tau=0.005, dropout=0.5, noise=noise)
-        losses.append(td3_rnd.td3_update(copy.deepcopy(agent), batch, **update))
+        losses.append(td3_rnd.td3_update(copy.deepcopy(agent), batch, dropout=0.5, noise=noise, **TD3))
     assert losses[0]["losses/critic"] == losses[1]["losses/critic"]
     assert losses[0]["losses/actor"] != losses[1]["losses/actor"]
 
@@ -138,7 +126,7 @@ def test_fujimoto_update(bonus):
 def test_between_policy_steps_only_the_critics_learn():
     agent, batch = make_agent(), make_batch()
     before = copy.deepcopy(agent.state_dict())
-    losses = td3_rnd.fujimoto_update(agent, batch, gamma=0.99, tau=0.005, update_policy=False)
+    losses = td3_rnd.fujimoto_update(agent, batch, update_policy=False, **TD3)
     moved = {name.split(".")[0] for name, value in agent.state_dict().items() if not torch.equal(value, before[name])}
     assert moved == {"critic"} and "losses/actor" not in losses
 
