@@ -30,30 +30,37 @@ Algorithm 1. Cal-QL: arXiv 2303.05479. CQL: arXiv 2006.04779. RND: arXiv 1810.12
     python calql_ooo.py --exploit-only runs/pen-binary-v0__calql_ooo__1 --retrain-early-stop 0.2 --exp-name early_stop
     python calql_ooo.py --env-id pen-binary-v0 --cql-alpha 0 --no-max-target-backup --backup-entropy --exp-name sac
 
-Choices where paper and official code differ or are silent:
+Where paper and official code differ, the paper wins where it is explicit, else the code, except where the published
+coefficients were tuned with the code's form (4, 5). Each choice and exception:
  1. Exploration is calibrated (paper); the published commands never switch it on (--no-calibrate).
  2. The Monte-Carlo return bounds the uniform actions' Q too (the paper's improvement; --no-bound-uniform-actions).
  3. Intrinsic Monte-Carlo returns are recomputed and logged, but not in the bound (code, whose sum is never used;
     --intrinsic-bound adds them, scaled: the paper's intent). They are finite sums in all tasks, so still lower bounds.
  4. RND learns all the time; the code's compiled update holds it at its first state. Its reward comes before its step,
-    the networks have two hidden layers and a linear one that starts small (both as the code).
- 5. With importance sampling the logsumexp is over 30 actions (code); without it (kitchen) the data's is the 31st, which
+    the networks have two hidden layers and a linear one that starts small (both as the code). The reward is the
+    largest squared feature error (code; --rnd-reward l2 is the paper's), divided by the running standard deviation of
+    the raw errors (appendix A; --rnd-normalizer code: of rewards already divided, with which this small last layer
+    leaves a bonus of about 0.002 in place of 1).
+ 5. Bonus coefficient 50 on antmaze, whose rewards are scaled by 10: a reading, tuned with the code; the paper says 10
+    for its mazes.
+ 6. With importance sampling the logsumexp is over 30 actions (code); without it (kitchen) the data's is the 31st, which
     none of the authors' stored vectors covers.
- 6. One set of random numbers for all losses of an update; the code draws anew for each loss.
- 7. Feature normalisation reaches the exploitation Q function (paper); the code never hands it over.
- 8. kitchen-complete: the exploitation Q has 256 units a layer (paper); the command has 512.
- 9. Exploitation takes 500k steps on binary Adroit (paper; the commands 1M) and kitchen 4M online steps (paper; two of
-    the commands 1M).
-10. Kitchen: no state is terminal in exploration (code: its test for a solved task cannot be met), and infinitely many
+ 7. One set of random numbers for all losses of an update; the code draws anew for each loss.
+ 8. Feature normalisation reaches the exploitation Q function (paper); the code never hands it over.
+ 9. kitchen-complete: the exploitation Q has 256 units a layer (paper); the command has 512.
+10. Exploitation takes 500k steps on binary Adroit (paper; the commands 1M) and kitchen 4M online steps (paper; two of
+    the commands 1M). Hammer's takes 1M (command): a reading, the paper's "Adroit" may include hammer.
+11. Kitchen observations are 30 of D4RL's 60 numbers, without the goal, which never changes: a reading.
+12. Kitchen: no state is terminal in exploration (code: its test for a solved task cannot be met), and infinitely many
     further rewards like the last are in the return; in exploitation solved states are terminal. Ends of Minari's
     demonstrations are not terminal; D4RL's are.
-11. Returns are summed within trajectories, also in data with holes; the code joins all that it reloads. A sparse
+13. Returns are summed within trajectories, also in data with holes; the code joins all that it reloads. A sparse
     trajectory that never succeeds has r / (1 - gamma) everywhere (code).
-12. Clipped to Q bounds is the next state's Q before discount and bonus (code).
-13. Antmaze has no published exploitation command: as maze2d's, without upsampling.
-14. Adroit's success ends a training episode (code); evaluation plays on, which its success rate does not notice.
-15. Retraining for t uses exactly D_off + D_on[:t] but runs when the trajectory under way has been learnt from.
-16. Today's packages: README, "Data and environments".
+14. Clipped to Q bounds is the next state's Q before discount and bonus (code).
+15. Antmaze has no published exploitation command: as maze2d's, without upsampling.
+16. Adroit's success ends a training episode (code); evaluation plays on, which its success rate does not notice.
+17. Retraining for t uses exactly D_off + D_on[:t] but runs when the trajectory under way has been learnt from.
+18. Today's packages: README, "Data and environments".
 """
 
 import difflib
@@ -236,6 +243,8 @@ class Args:
 # === shared block: rnd arguments ===
     rnd_reward: Literal["max", "l2"] = "max"
     """max over features of the squared error (code), or their sum (paper)."""
+    rnd_normalizer: Literal["code", "paper"] = "code"
+    """The reward is divided by the running std of rewards already divided (code), or of the raw errors (paper)."""
     rnd_hidden_dims: tuple[int, ...] = (512, 512)
     """Layers of predictor and target, the last one linear."""
     rnd_learning_rate: float = 1e-4
@@ -263,19 +272,19 @@ BUDGETS = ("offline_steps", "online_steps", "retrain_at", "retrain_steps", "eval
 
 # Overrides of Args per task, from the official Cal-QL commands (see the numbered list). These write a reward as
 # r * scale + bias, here it is (r + bias) * scale.
-RND_LAYERS = dict(rnd_hidden_dims=(512, 512, 512))
+PAPER_RND = dict(rnd_hidden_dims=(512, 512, 512), rnd_normalizer="paper")
 ADROIT_BINARY = dict(
-    RND_LAYERS, offline_steps=20_000, retrain_steps=500_000, cql_alpha=1.0, reward_scale=10.0, reward_bias=0.5,
+    PAPER_RND, offline_steps=20_000, retrain_steps=500_000, cql_alpha=1.0, reward_scale=10.0, reward_bias=0.5,
     negative_reward=-1.0, successful_only=True, end_at_success=True, retrain_offline_ratio=0.5,
 )
 KITCHEN = dict(
-    RND_LAYERS, online_steps=4_000_000, retrain_at=(250_000, 500_000, 1_000_000, 2_000_000, 3_000_000, 4_000_000),
+    PAPER_RND, online_steps=4_000_000, retrain_at=(250_000, 500_000, 1_000_000, 2_000_000, 3_000_000, 4_000_000),
     hidden_dims=(512, 512, 512), cql_importance_sampling=False, infinite_horizon=True, offline_ratio=0.25,
     reward_bias=-5.0, q_reward_bounds=(-float("inf"), 0.5), intrinsic_reward_scale=10.0,
     retrain_reward_bias=-4.0, retrain_mask_reward=4.0, retrain_offline_ratio=0.25,
 )
 MAZE = dict(
-    RND_LAYERS, hidden_dims=(256, 256), critic_hidden_dims=(256, 256, 256, 256), cql_target_gap=0.8,
+    PAPER_RND, hidden_dims=(256, 256), critic_hidden_dims=(256, 256, 256, 256), cql_target_gap=0.8,
     reward_scale=10.0, reward_bias=-0.5, negative_reward=0.0,
 )
 TASKS = {
@@ -298,7 +307,7 @@ TASKS = {
         retrain_upsample=32,
     ),
     "hammer-truncated-expert-v1": dict(
-        RND_LAYERS, offline_steps=20_000, retrain_at=(250_000, 500_000, 1_000_000), cql_alpha=1.0,
+        PAPER_RND, offline_steps=20_000, retrain_at=(250_000, 500_000, 1_000_000), cql_alpha=1.0,
         truncate_episodes=20, terminate_offline_ends=True, q_reward_bounds=(-float("inf"), 103.0),
         retrain_reward_scale=0.01, retrain_upsample=32, upsample_reward=25.0,
     ),
@@ -1280,39 +1289,46 @@ def update_running(mean, var, count, x):
 
 
 class RND(nn.Module):
-    """Random network distillation (arXiv 1810.12894): the error of a trained predictor of a fixed random network's
-    features of s', divided by the running standard deviation of such errors, is the intrinsic reward."""
+    """Random network distillation (arXiv 1810.12894): the error e of a trained predictor of a fixed random network's
+    features of s', divided by a running standard deviation, is the intrinsic reward."""
 
     def __init__(self, predictor, target, obs_dim, learning_rate, device, *, update_proportion=0.25, reward="max",
-                 reward_before_step=False):
+                 normalizer="code", reward_before_step=False):
         """predictor, target: networks (n, obs_dim) -> (n, features). reward: 'max' over features of the squared error
-        (official code) or 'l2', its sum (paper). reward_before_step: order of the RLPD and Cal-QL codes."""
+        (official code) or 'l2', its sum (paper). normalizer: the standard deviation is that of e ('paper', appendix A:
+        the networks' scale cancels), or of rewards that were already divided ('code': these tend to e / var(e)^(1/4),
+        in which it does not). reward_before_step: order of the RLPD and Cal-QL codes."""
         super().__init__()
         self.predictor, self.target = predictor, target.requires_grad_(False)
-        self.update_proportion, self.reward_form = update_proportion, reward
+        self.update_proportion, self.reward_form, self.normalizer = update_proportion, reward, normalizer
         self.reward_before_step = reward_before_step
         for name, dim in (("obs", obs_dim), ("reward", 1)):
             self.register_buffer(f"{name}_mean", torch.zeros(dim, dtype=torch.float64))
             self.register_buffer(f"{name}_var", torch.ones(dim, dtype=torch.float64))
             # Not 0-d: torch.compile loses what is written into a 0-d float64 tensor on the CPU.
             self.register_buffer(f"{name}_count", torch.full((1,), 1e-4, dtype=torch.float64))
+        if normalizer == "paper":  # squared errors may be so small that a variance of 1 counted 1e-4 times outweighs
+            self.reward_count.zero_()  # theirs for a whole run; thus the first batch replaces it
         self.to(device)
         self.optimizer = Adam(self.predictor.parameters(), learning_rate)
 
     def normalize(self, observations):
         return ((observations - self.obs_mean.float()) / self.obs_var.sqrt().float()).clamp(-5.0, 5.0)
 
-    def reward_of(self, predicted, features):
-        """Intrinsic reward (n,), divided by the running standard deviation, no mean subtracted."""
+    def error_of(self, predicted, features):
+        """The intrinsic reward before its division, shape (n,)."""
         error = (predicted - features).square()
-        error = error.amax(-1) if self.reward_form == "max" else error.sum(-1)
-        return error / self.reward_var.sqrt().float()
+        return error.amax(-1) if self.reward_form == "max" else error.sum(-1)
+
+    def divide(self, error):
+        """By the running standard deviation, no mean subtracted; that of a first batch of one row is 0."""
+        return error / self.reward_var.sqrt().float().clamp(min=1e-12)
 
     @torch.no_grad()
     def intrinsic_rewards(self, next_observations):
         """Reward of the state as it stands; nothing is updated."""
         z = self.normalize(next_observations)
-        return self.reward_of(self.predictor(z), self.target(z))
+        return self.divide(self.error_of(self.predictor(z), self.target(z)))
 
     def update(self, observations, next_observations, uniform=None):
         """One predictor step and the intrinsic rewards of the batch. Returns (rewards (batch,), predictor loss).
@@ -1331,13 +1347,15 @@ class RND(nn.Module):
         loss = error.sum() / mask.sum().clamp(min=1)
         with torch.no_grad():
             if self.reward_before_step:
-                rewards = self.reward_of(self.predictor(z), features)
+                raw = self.error_of(self.predictor(z), features)
         self.optimizer.minimize(loss)
         # --- Rewards with the statistics from before this batch, then the statistics ---
         with torch.no_grad():
             if not self.reward_before_step:
-                rewards = self.reward_of(self.predictor(z), features)
-            update_running(self.reward_mean, self.reward_var, self.reward_count, rewards[:, None])
+                raw = self.error_of(self.predictor(z), features)
+            rewards = self.divide(raw)
+            seen = rewards if self.normalizer == "code" else raw
+            update_running(self.reward_mean, self.reward_var, self.reward_count, seen[:, None])
             update_running(self.obs_mean, self.obs_var, self.obs_count, observations)
         return rewards, loss.detach()
 
@@ -1352,7 +1370,7 @@ class RND(nn.Module):
 def make_rnd(args, obs_dim, device, **options):
     networks = (mlp((obs_dim, *args.rnd_hidden_dims)) for _ in range(2))
     return RND(*networks, obs_dim, args.rnd_learning_rate, device, update_proportion=args.rnd_update_proportion,
-               reward=args.rnd_reward, **options)
+               reward=args.rnd_reward, normalizer=args.rnd_normalizer, **options)
 
 
 # === end shared block: rnd ===
@@ -1551,9 +1569,11 @@ def wrap_update(args, update):
 # === shared block: evaluation ===
 def evaluate(env, act, episodes, seed, frames=None):
     """Episodes with act(obs) -> action. Returns a list of dicts: return, length, success (at any step), max_reward.
-    Start states depend on `seed` alone. frames: a list that receives the rendered pictures, or None."""
-    results = []
+    Start states, and the CPU's random numbers that act may draw, depend on `seed` and the episode alone; the training's
+    random numbers are untouched. frames: a list that receives the rendered pictures, or None."""
+    results, training_rng = [], torch.get_rng_state()
     for i in range(episodes):
+        torch.default_generator.manual_seed(derive_seed(seed, "evaluation", i))
         obs, _ = env.reset(seed=derive_seed(seed, "evaluation", i))
         episode, done = {"return": 0.0, "length": 0, "success": False, "max_reward": -float("inf")}, False
         while not done:
@@ -1566,6 +1586,7 @@ def evaluate(env, act, episodes, seed, frames=None):
             episode["success"] = episode["success"] or info["success"]
             episode["max_reward"] = max(episode["max_reward"], reward)
         results.append(episode)
+    torch.set_rng_state(training_rng)
     return results
 
 
