@@ -534,6 +534,16 @@ def make_rnd(args, buffer, device):
                args.rnd_normalizer)
 
 
+def sample_symmetric(buffer, utd_ratio, batch_size, offline_ratio):
+    """Rows (utd_ratio * batch_size, width): in every minibatch the same number of offline ones, first (RLPD)."""
+    offline = round(offline_ratio * batch_size) if buffer.offline_size else 0
+    device = buffer.data.device
+    rows = torch.cat([
+        torch.randint(max(buffer.offline_size, 1), (utd_ratio, offline), device=device),
+        torch.randint(buffer.offline_size, buffer.size, (utd_ratio, batch_size - offline), device=device)], dim=1)
+    return buffer.data.index_select(0, rows.flatten())
+
+
 def explore(run, buffer, explorer, rnd, env, eval_env):
     """Algorithm 1, lines 2 to 6: the optimistic policy alone acts; one update a step, on all data. RLPD does not
     pretrain: it starts with random actions."""
@@ -613,16 +623,6 @@ def retrain(run, buffer, explorer, rnd, eval_env, t):
     save_policy(run, agent, f"exploitation_{t}.pt")
     p["scores"][f"exploitation {t}"], p["retrain_step"] = summary, 0
     run.checkpoint(explorer=explorer, rnd=rnd)
-
-
-def sample_symmetric(buffer, utd_ratio, batch_size, offline_ratio):
-    """Rows (utd_ratio * batch_size, width): in every minibatch the same number of offline ones, first (RLPD)."""
-    offline = round(offline_ratio * batch_size) if buffer.offline_size else 0
-    device = buffer.data.device
-    rows = torch.cat([
-        torch.randint(max(buffer.offline_size, 1), (utd_ratio, offline), device=device),
-        torch.randint(buffer.offline_size, buffer.size, (utd_ratio, batch_size - offline), device=device)], dim=1)
-    return buffer.data.index_select(0, rows.flatten())
 
 
 def recent_intrinsic_reward(args, buffer, rnd):
