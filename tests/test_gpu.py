@@ -57,20 +57,19 @@ def train_rlpd(device, patch, modes=(), updates=UPDATES):
     device = torch.device(device)
     torch.set_float32_matmul_precision("highest")
     torch.manual_seed(0)
-    args = rlpd_ooo.Args(hidden_dims=HIDDEN, rnd_hidden_dims=(24, 16), batch_size=BATCH, utd_ratio=3, num_qs=4,
-                         **dict.fromkeys(modes, True))
-    shapes = dict(observations=(OBS,), actions=(ACT,), rewards=(), next_observations=(OBS,), terminations=())
-    buffer = rlpd_ooo.ReplayBuffer(shapes, 500, device)
-    buffer.data.copy_(torch.randn(500, buffer.data.shape[1]).clamp(-0.9, 0.9))
-    agent = rlpd_ooo.make_agent(args, OBS, ACT, device, 4, layer_norm=True)
-    rnd = rlpd_ooo.make_rnd(args, OBS, device, reward_before_step=True)
+    args = rlpd_ooo.Args(hidden_dims=HIDDEN, rnd_hidden_dims=(24, 16), num_qs=4, intrinsic_reward_scale=0.5,
+                         compile="on" if "compile" in modes else "off", cudagraphs="cudagraphs" in modes)
+    shapes = dict(observations=(OBS,), actions=(ACT,), rewards=(), next_observations=(OBS,), terminations=(),
+                  episodes=())
+    data = {name: torch.randn(500, *shape).clamp(-0.9, 0.9).numpy() for name, shape in shapes.items()}
+    buffer = rlpd_ooo.ReplayBuffer(data, 0, device)
+    agent, rnd = rlpd_ooo.make_agent(args, buffer, device), rlpd_ooo.make_rnd(args, buffer, device)
     uniform = torch.empty(3 * BATCH, device=device)
-    rnd.update = lambda observations, following: rlpd_ooo.RND.update(rnd, observations, following, uniform)
+    rnd.update = lambda *batch: rlpd_ooo.RND.update(rnd, *batch, uniform)
     draw = rlpd_ooo.draw_noise
     noise = {name: value.to(device) for name, value in draw(3, BATCH, ACT, 4, 2, torch.device("cpu")).items()}
     patch.setattr(rlpd_ooo, "draw_noise", lambda *sizes: noise)
-    settings = rlpd_ooo.make_settings(args, ACT, intrinsic_reward_scale=0.5, q_min=-9.0, q_max=9.0)
-    update = rlpd_ooo.make_update(args, buffer, agent, settings, rnd, utd_ratio=3)
+    update = rlpd_ooo.make_update(args, buffer, agent, (-0.09, 0.09), rnd, utd_ratio=3)
     generator, losses = torch.Generator().manual_seed(1), []
     for _ in range(updates):
         torch.manual_seed(int(torch.randint(10**6, (), generator=generator)))
