@@ -813,7 +813,7 @@ def take_over(run, source):
     have, needed = saved["progress"]["env_step"], max(times)
     if have < needed:
         fail(f"--retrain-at {needed}: {source} holds {have} online transitions")
-    for t in times if run.args.retrain_frozen_rnd else ():
+    for t in times if getattr(run.args, "retrain_frozen_rnd", False) else ():
         load_torch(Path(source) / f"rnd_{t}.pt", run.device)
     run.rows = run.rows[: len(run.rows) // have * needed]
     names = {f"exploration {t}" for t in times} & set(saved["progress"]["scores"])
