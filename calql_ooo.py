@@ -474,7 +474,8 @@ def calql_losses(args, agent, batch, noise, bonus=0.0, calibrate=True):
         uniform_density = torch.full_like(current_log_prob, -act_dim * float(np.log(2)))
         densities = torch.cat([uniform_density, following_log_prob, current_log_prob])
         gap, *rates = conservative_term(args, q[:, 0], q[:, 1:], densities, batch["lower_bounds"], calibrate)
-        info |= {"cql": gap.mean(), "bound_rate_uniform": rates[0], "bound_rate_policy": rates[1]}
+        info |= {"cql": gap.mean()}
+        info |= {"bound_rate_uniform": rates[0], "bound_rate_policy": rates[1]} if calibrate else {}
         excess = args.cql_alpha * (gap - (args.cql_target_gap or 0.0)).sum()
         if args.cql_target_gap is None:
             critic_loss = critic_loss + excess
