@@ -19,17 +19,17 @@ Algorithm 1. Cal-QL: arXiv 2303.05479. CQL: arXiv 2006.04779. RND: arXiv 1810.12
     python calql_ooo.py --env-id pen-binary-v0 --cql-alpha 0 --no-max-target-backup --backup-entropy --exp-name sac
 
 Where paper and official code differ, the paper wins where it is explicit, else the code, except where the published
-coefficients were tuned with the code's form (*). Choices, exceptions and readings:
+coefficients were tuned with the code's form (5, 6). Each choice and exception:
  1. Exploration is calibrated (paper); the published commands never switch it on (--no-calibrate).
  2. The Monte-Carlo return bounds the uniform actions' Q too (the paper's improvement; --no-bound-uniform-actions).
  3. Intrinsic Monte-Carlo returns are not in the bound (code, whose sum is never used); --intrinsic-bound adds them,
     scaled (the paper's intent). They are finite sums in all tasks, so still lower bounds.
  4. RND learns all the time; the code's compiled update holds it at its first state. Its reward comes before its step;
     two hidden layers and a linear one that starts small, here and in the policy (both as the code).
- 5.*Intrinsic reward of s': largest squared feature error (code; --rnd-reward l2 is the paper's squared norm), divided
+ 5. Intrinsic reward of s': largest squared feature error (code; --rnd-reward l2 is the paper's squared norm), divided
     by the running standard deviation of the raw errors (appendix A; --rnd-normalizer code: of rewards already divided,
     with which the small last layer leaves a bonus of about 0.002 in place of 1).
- 6.*Bonus coefficient 50 on antmaze, whose rewards are scaled by 10 (tuned with the code): a reading; the paper says 10
+ 6. Bonus coefficient 50 on antmaze, whose rewards are scaled by 10 (tuned with the code): a reading; the paper says 10
     for its mazes.
  7. With importance sampling the logsumexp is over 30 actions (code); without it (kitchen) the data's is the 31st, which
     none of the authors' stored vectors covers.
@@ -262,14 +262,14 @@ RANGES = {  # closed interval of every number in Args (None is allowed where it 
     (1, 10**10): "retrain_at retrain_steps eval_every log_every checkpoint_every intrinsic_returns_every",
     (1, 2**16): "eval_episodes batch_size",
     (1, 4096): "torch_threads hidden_dims critic_hidden_dims retrain_critic_hidden_dims rnd_hidden_dims cql_actions",
-    (TINY, 1e6): "scale reward_scale retrain_reward_scale",
+    (TINY, 1e6): "scale",
     (-1e9, 1e9): "remove_discs reward_bias retrain_reward_bias mask_reward retrain_mask_reward negative_reward "
                  "cql_target_gap target_entropy upsample_reward",
     (-INF, INF): "q_reward_bounds",
     (TINY, 1.0): "learning_rate actor_learning_rate rnd_learning_rate tau rnd_update_proportion",
     (0.0, 1 - TINY): "gamma",
     (0.0, 1.0): "offline_ratio retrain_offline_ratio",
-    (0.0, 1e6): "cql_alpha retrain_early_stop intrinsic_reward_scale",
+    (0.0, 1e6): "reward_scale retrain_reward_scale cql_alpha retrain_early_stop intrinsic_reward_scale",
 }
 
 
@@ -543,7 +543,7 @@ class RND(nn.Module):
         z = self.normalize(next_observations)
         return self.errors(z, self.target(z)) / self.reward_var.sqrt().float()
 
-    def update(self, observations, next_observations, update_proportion, uniform=None):
+    def update(self, observations, next_observations, update_proportion=0.25, uniform=None):
         """The intrinsic rewards of the batch, then one predictor step. Returns (rewards (batch,), predictor loss).
         uniform: draws in [0, 1) that select the training rows, shape (batch,); None draws them."""
         # --- Rewards before the step (RLPD and Cal-QL code), and the statistics: see rnd_normalizer ---
@@ -911,90 +911,6 @@ def load_policy(path):
 # Below is plumbing: command line, evaluation, replay, environments, dataset, run directory. Nothing of the method.
 
 
-# === shared block: command line ===
-def fail(message, code=2) -> NoReturn:
-    """Say in one line on stderr what was wrong and what to do, and exit."""
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
-    raise SystemExit(code)
-
-
-def parse_args(argv=None):
-    """Defaults < the task's row < the settings of the --exploit-only or --eval-only run < the command line; then
-    --scale. Exit 2 with one line for what cannot be."""
-    argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
-    first = tyro_cli([word for word in argv if word not in ("-h", "--help")], Args())
-    if source := first.eval_only or getattr(first, "exploit_only", ""):
-        own = {name: getattr(Args, name) for name in (*FREE, "exp_name", "exploit_only", "eval_only")
-               if hasattr(Args, name) and name != "dataset_path"}
-        default = Args(**read_config(source)["args"] | own)
-        check_ranges(default)
-    else:
-        default = replace(Args(env_id=first.env_id), **TASKS[first.env_id].settings)
-    args = tyro_cli(argv, default)
-    check_ranges(args)
-    for name in ("runs_dir", "dataset_path", "eval_only", "exploit_only", "init_from"):
-        if hasattr(args, name):
-            setattr(args, name, os.path.expanduser(getattr(args, name)))
-
-    for name in BUDGETS:
-        value = getattr(args, name)
-        scaled = [max(1, round(x * args.scale)) if x else 0 for x in np.atleast_1d(value).tolist()]
-        setattr(args, name, tuple(scaled) if isinstance(value, tuple) else scaled[0])
-    args.scale = 1.0
-    for wrong, message in (
-        (source and args.env_id != default.env_id, f"{source} is a run on {default.env_id}; leave --env-id out"),
-        (not re.fullmatch(r"\w[\w.+=,-]{0,99}", args.exp_name), "--exp-name must be one short word, it names a folder"),
-        (args.dataset_id and args.dataset_path, "give --dataset-id or --dataset-path, not both"),
-        (args.cudagraphs and args.device == "cpu", "--cudagraphs needs a CUDA device"),
-        *mistakes(args),
-    ):
-        if wrong:
-            fail(message)
-    return args
-
-
-def tyro_cli(argv, default):
-    """tyro's reading of a command line; its errors, which fill a box, as one line."""
-    box = io.StringIO()
-    try:
-        with redirect_stderr(box):
-            return tyro.cli(Args, args=argv, default=default, description=__doc__)
-    except SystemExit as stop:
-        if stop.code:
-            fail(re.sub(r"[\s\u2500-\u257f]+", " ", box.getvalue()))
-        raise
-
-
-def check_ranges(args):
-    """Exit 2 with one line unless every number lies in its interval of RANGES."""
-    for (low, high), names in RANGES.items():
-        for name in names.split():
-            value = getattr(args, name)
-            for x in np.ravel(() if value is None and getattr(Args, name) is None else value).tolist():
-                if not (isinstance(x, (int, float)) and low <= x <= high):
-                    fail(f"--{name.replace('_', '-')} {x} lies outside [{low:g}, {high:g}]")
-
-
-def read_config(run_dir):
-    """config.json of a run of this script; exit 2 if RUN_DIR does not hold one."""
-    path = Path(run_dir).expanduser() / "config.json"
-    try:
-        config = json.loads(path.read_text())
-        if config["script"] != SCRIPT:
-            fail(f"{run_dir} is a run of {config['script']}; give a run of {SCRIPT}")
-        tuples = lambda value: tuple(map(tuples, value)) if isinstance(value, list) else value  # noqa: E731
-        config["args"] = {name: tuples(value) for name, value in config["args"].items()}
-        if other := set(config["args"]) ^ {field.name for field in fields(Args)}:
-            fail(f"{path} has other settings than this version of {SCRIPT} ({' '.join(sorted(other))})")
-        config["run_id"], config["dataset"]["sha256"], config["versions"], config["resumed"]
-        return config
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        fail(f"{path} is not the config of a run of {SCRIPT} ({error!r}); give the folder of a run")
-
-
-# === end shared block: command line ===
-
-
 # === shared block: exploit only ===
 def take_over(run, source):
     """--exploit-only: the online rows and exploration scores of a finished run, and its choice of offline data."""
@@ -1014,7 +930,8 @@ def take_over(run, source):
 # === end shared block: exploit only ===
 
 
-# === shared block: evaluation ===
+# === shared block: tasks and data ===
+# --- evaluation ---
 def evaluate(env, agent, episodes, seed, frames=None):
     """Episodes of agent.act(obs): a list of dicts, and their means under the names of the metrics. The score is the
     paper's: success, kitchen tasks / 4, or D4RL's score, x 100. Start states and draws depend on the seed alone."""
@@ -1093,10 +1010,7 @@ def report(run, policies):
     return rows
 
 
-# === end shared block: evaluation ===
-
-
-# === shared block: replay buffer ===
+# --- replay buffer ---
 class ReplayBuffer:
     """Append-only transitions on the training device, as they came (raw rewards). One row holds all columns side by
     side, so that a batch is a single gather and an online step a single copy; no call waits for the device."""
@@ -1153,10 +1067,7 @@ class ReplayBuffer:
         return self.split(self.data[max(self.offline_size, self.size - n) : self.size])
 
 
-# === end shared block: replay buffer ===
-
-
-# === shared block: tasks and data ===
+# --- environments and datasets ---
 GOAL_RADIUS = 0.5  # D4RL's in both mazes; gymnasium-robotics uses 0.45
 ANTMAZE_DATA_GOAL_OFFSET = (0.75, -0.75)  # mean of the goals drawn by TaskEnv.reset
 
@@ -1469,8 +1380,90 @@ def load_dataset(args, env, seed):
 
 
 # === shared block: run directory ===
-FREE = ("resume", "track", "wandb_project", "wandb_mode", "runs_dir", "video", "device", "torch_threads", "log_every",
-        "checkpoint_every", "dataset_path")  # bear on no number (a data file must keep its SHA-256): may change
+# --- command line ---
+def fail(message, code=2) -> NoReturn:
+    """Say in one line on stderr what was wrong and what to do, and exit."""
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def parse_args(argv=None):
+    """Defaults < the task's row < the settings of the --exploit-only or --eval-only run < the command line; then
+    --scale. Exit 2 with one line for what cannot be."""
+    argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
+    first = tyro_cli([word for word in argv if word not in ("-h", "--help")], Args())
+    if source := first.eval_only or getattr(first, "exploit_only", ""):
+        own = {name: getattr(Args, name) for name in (*OWN, "exp_name", "eval_only", "exploit_only") if
+               hasattr(Args, name)}
+        default = Args(**read_config(source)["args"] | own)
+        check_ranges(default)
+    else:
+        default = replace(Args(env_id=first.env_id), **TASKS[first.env_id].settings)
+    args = tyro_cli(argv, default)
+    check_ranges(args)
+    for name in ("runs_dir", "dataset_path", "eval_only", "exploit_only", "init_from"):
+        if hasattr(args, name):
+            setattr(args, name, os.path.expanduser(getattr(args, name)))
+
+    for name in BUDGETS:
+        value = getattr(args, name)
+        scaled = [max(1, round(x * args.scale)) if x else 0 for x in np.atleast_1d(value).tolist()]
+        setattr(args, name, tuple(scaled) if isinstance(value, tuple) else scaled[0])
+    args.scale = 1.0
+    for wrong, message in (
+        (source and args.env_id != default.env_id, f"{source} is a run on {default.env_id}; leave --env-id out"),
+        (not re.fullmatch(r"\w[\w.+=,-]{0,99}", args.exp_name), "--exp-name must be one short word, it names a folder"),
+        (args.dataset_id and args.dataset_path, "give --dataset-id or --dataset-path, not both"),
+        (args.cudagraphs and args.device == "cpu", "--cudagraphs needs a CUDA device"),
+        *mistakes(args),
+    ):
+        if wrong:
+            fail(message)
+    return args
+
+
+def tyro_cli(argv, default):
+    """tyro's reading of a command line; its errors, which fill a box, as one line."""
+    box = io.StringIO()
+    try:
+        with redirect_stderr(box):
+            return tyro.cli(Args, args=argv, default=default, description=__doc__)
+    except SystemExit as stop:
+        if stop.code:
+            fail(re.sub(r"[\s\u2500-\u257f]+", " ", box.getvalue()))
+        raise
+
+
+def check_ranges(args):
+    """Exit 2 with one line unless every number lies in its interval of RANGES."""
+    for (low, high), names in RANGES.items():
+        for name in names.split():
+            value = getattr(args, name)
+            for x in np.ravel(() if value is None and getattr(Args, name) is None else value).tolist():
+                if not (isinstance(x, (int, float)) and low <= x <= high):
+                    fail(f"--{name.replace('_', '-')} {x} lies outside [{low:g}, {high:g}]")
+
+
+def read_config(run_dir):
+    """config.json of a run of this script; exit 2 if RUN_DIR does not hold one."""
+    path = Path(run_dir).expanduser() / "config.json"
+    try:
+        config = json.loads(path.read_text())
+        if config["script"] != SCRIPT:
+            fail(f"{run_dir} is a run of {config['script']}; give a run of {SCRIPT}")
+        tuples = lambda value: tuple(map(tuples, value)) if isinstance(value, list) else value  # noqa: E731
+        config["args"] = {name: tuples(value) for name, value in config["args"].items()}
+        if other := set(config["args"]) ^ {field.name for field in fields(Args)}:
+            fail(f"{path} has other settings than this version of {SCRIPT} ({' '.join(sorted(other))})")
+        config["run_id"], config["dataset"]["sha256"], config["versions"], config["resumed"]
+        return config
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        fail(f"{path} is not the config of a run of {SCRIPT} ({error!r}); give the folder of a run")
+
+
+# --- run directory, metrics, checkpoint ---
+OWN = ("resume", "track", "wandb_project", "wandb_mode", "runs_dir", "video", "device", "torch_threads")
+FREE = (*OWN, "log_every", "checkpoint_every", "dataset_path")  # bear on no number (the data's SHA-256 does)
 COMPILE_PAYS = 20_000  # updates from which torch.compile saves more time than it takes (docs/speed.md)
 
 
@@ -1621,13 +1614,14 @@ class Run:
     begin() nothing is written, and by then what is to be continued has been read and verified."""
 
     FILES = ("metrics.jsonl", "evals.jsonl", "timing.jsonl", "replay.bin")
+    signal = None  # the one that has come
 
     def __init__(self, args, **progress):
         """progress: the counters and scores of a new run."""
         self.args, self.progress, self.models, self.config, self.wandb = args, progress, {}, None, None
         self.path = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}"
         self.sizes, self.sums = dict.fromkeys(self.FILES, 0), dict.fromkeys(self.FILES, 0)
-        self.signal, self.updates, self.clock = None, 0, time.perf_counter()
+        self.updates, self.clock = 0, time.perf_counter()
         self.data_seed, self.data_sha256 = args.seed, None  # of the offline data; --exploit-only: the source's
         if (self.path / "config.json").exists():
             if not args.resume:
@@ -1703,7 +1697,7 @@ class Run:
             raise
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self.on_signal)
+                signal.signal(number, Run.on_signal)
         place = {name: value for name, value in self.progress.items() if name != "scores"}
         if self.args.resume:
             print(f"continued at {place}" if any(place.values()) else "nothing to continue, starting anew")
@@ -1721,9 +1715,10 @@ class Run:
         except Exception as error:  # no key, no network, not installed
             fail(f"--track: wandb cannot start ({error}); log in, use --wandb-mode offline, or leave --track out")
 
-    def on_signal(self, number, frame):
+    @staticmethod
+    def on_signal(number, frame):
         """The next checkpoint is the last one; a second signal ends at once."""
-        self.signal = number
+        Run.signal = number
         for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(each, signal.SIG_DFL)
 

@@ -20,26 +20,28 @@ Algorithm 1. IQL: arXiv 2110.06169. RND: arXiv 1810.12894.
     python iql_ooo.py --exploit-only runs/pen-binary-v0__iql_ooo__1 --warm-start --exp-name warm               # Fig. 13
     python iql_ooo.py --env-id pen-binary-v0 --sync --exp-name sync                                            # Fig. 14
 
-Where paper and official code differ the paper wins if it is explicit, else the code, except where the published
-coefficients were tuned with the code's form. Choices, exceptions (*) and readings:
+Where paper and official code differ, the paper wins where it is explicit, else the code, except where the published
+coefficients were tuned with the code's form (4 to 6). Each choice and exception:
  1. AWR weight exp(temperature * advantage), as the code and Table 4's values mean it; eq. 3 divides by beta.
- 2. Hammer: expectile 0.8, dropout 0 in both phases (Table 4, B.4; code: 0.7 / 0 and 0.8 / 0.1); log_std_min -2 in
-    exploration, -5 in exploitation (code; the paper is silent). Kitchen is not in Table 4: the code's values.
- 3. Q targets are clipped in the exploitation phase (code; --no-retrain-q-bounds), to the rewards in its data, unless
-    they hold a bonus (--retrain-frozen-rnd); in exploration only on binary Adroit, to r in [-1, 5] (code).
- 4.*Intrinsic reward of s': largest squared feature error (code; --rnd-reward l2 is the paper's squared norm).
- 5.*RND layers (512, 512), the last one linear (code; --rnd-hidden-dims 512 512 512 is the paper's wording).
- 6.*The running variance that normalises the intrinsic reward is fed with rewards that it has already divided (code;
-    --rnd-normalizer paper feeds it with the raw errors, as the paper's appendix A says).
+ 2. Hammer: expectile 0.8, dropout 0 in both phases (Table 4, B.4; the code: 0.7 / 0, and retraining 0.8 / 0.1),
+    log_std_min -2 in exploration, -5 in exploitation (code; the paper says nothing). Kitchen is not in Table 4: code.
+ 3. Q targets are clipped in the exploitation phase (code; --no-retrain-q-bounds), to the rewards in its data, but not
+    with --retrain-frozen-rnd, whose bonus these bounds would cut off (as the code); in exploration only on binary
+    Adroit, to r in [-1, 5] (code; --q-reward-bounds).
+ 4. Intrinsic reward of s': largest squared feature error (code; --rnd-reward l2 is the paper's squared norm).
+ 5. RND layers (512, 512), the last one linear (code; --rnd-hidden-dims 512 512 512 is the paper's wording).
+ 6. RND's running standard deviation is of rewards that it has divided already (code; --rnd-normalizer paper: of the raw
+    errors, as appendix A means it).
  7. The buffer is append-only and holds all data; the code's ring overwrites the offline data on four tasks.
  8. Kitchen masks come from the raw reward (0 where all 4 tasks are solved) in both phases; the code forgets this in
     exploitation. Offline rewards count the tasks that hold now, as recorded (--kitchen-cumulative: ever completed).
-    30 of D4RL's 60 observations: the others are the constant goal. A reading.
- 9. Upsampling (--retrain-upsample rows a batch) per task as the code; on maze2d as the paper, where the code cannot
+ 9. Kitchen observations are 30 of D4RL's 60 numbers, without the goal, which never changes: a reading.
+10. Upsampling (--retrain-upsample rows a batch) per task as the code; on maze2d as the paper, where the code cannot
     run; with no high reward in the data it is off, with a message (code: trains on a shorter batch, or stops).
-10. All retrainings run after the online phase (--sync: at the end of the episode that holds t); the data are the same.
 11. Q bounds and high-reward trajectories come from D_off + D_on[:t]; the code looks at the whole buffer.
-12. Today's packages: docs/tasks.md (signs, horizons, mazes, goals, noise). The two small mazes are not of the paper.
+12. Fig. 5's TD3 (--retrain-algorithm td3) has the task's dropout in its policy loss only, not in target actions (code).
+13. All retrainings run after the online phase (--sync: at the end of the episode that holds t); the data are the same.
+14. Today's packages: docs/tasks.md (signs, horizons, mazes, goals, noise). The two small mazes are not of the paper.
 """
 
 import os
@@ -232,13 +234,13 @@ RANGES = {  # closed interval of every number in Args (None is allowed where it 
     (1, 10**10): "retrain_at retrain_steps eval_every log_every checkpoint_every",
     (1, 2**16): "eval_episodes batch_size",
     (1, 4096): "torch_threads hidden_dims rnd_hidden_dims",
-    (TINY, 1e6): "scale temperature reward_scale retrain_reward_scale",
+    (TINY, 1e6): "scale temperature",
     (-1e9, 1e9): "remove_discs reward_bias mask_reward q_reward_bounds upsample_reward",
     (TINY, 1.0): "learning_rate rnd_learning_rate tau rnd_update_proportion",
     (0.0, 1 - TINY): "gamma dropout retrain_dropout",
     (TINY, 1 - TINY): "expectile retrain_expectile",
     (-20.0, 2.0): "log_std_min retrain_log_std_min",
-    (0.0, 1e6): "intrinsic_reward_scale",
+    (0.0, 1e6): "intrinsic_reward_scale reward_scale retrain_reward_scale",
 }
 
 
@@ -403,7 +405,7 @@ class RND(nn.Module):
         """(n,), divided by the running standard deviation, no mean subtracted; nothing is updated."""
         return self.errors(self.normalize(next_observations)) / self.reward_var.sqrt().float()
 
-    def update(self, observations, next_observations, update_proportion, uniform=None):
+    def update(self, observations, next_observations, update_proportion=0.25, uniform=None):
         """One predictor step and the intrinsic rewards of the batch. Returns (rewards (batch,), predictor loss).
         uniform: draws in [0, 1) that select the training rows, shape (batch,); None draws them."""
         z = self.normalize(next_observations)
@@ -721,90 +723,6 @@ def load_policy(path):
 # Below is plumbing: command line, evaluation, replay, environments, dataset, run directory. Nothing of the method.
 
 
-# === shared block: command line ===
-def fail(message, code=2) -> NoReturn:
-    """Say in one line on stderr what was wrong and what to do, and exit."""
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
-    raise SystemExit(code)
-
-
-def parse_args(argv=None):
-    """Defaults < the task's row < the settings of the --exploit-only or --eval-only run < the command line; then
-    --scale. Exit 2 with one line for what cannot be."""
-    argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
-    first = tyro_cli([word for word in argv if word not in ("-h", "--help")], Args())
-    if source := first.eval_only or getattr(first, "exploit_only", ""):
-        own = {name: getattr(Args, name) for name in (*FREE, "exp_name", "exploit_only", "eval_only")
-               if hasattr(Args, name) and name != "dataset_path"}
-        default = Args(**read_config(source)["args"] | own)
-        check_ranges(default)
-    else:
-        default = replace(Args(env_id=first.env_id), **TASKS[first.env_id].settings)
-    args = tyro_cli(argv, default)
-    check_ranges(args)
-    for name in ("runs_dir", "dataset_path", "eval_only", "exploit_only", "init_from"):
-        if hasattr(args, name):
-            setattr(args, name, os.path.expanduser(getattr(args, name)))
-
-    for name in BUDGETS:
-        value = getattr(args, name)
-        scaled = [max(1, round(x * args.scale)) if x else 0 for x in np.atleast_1d(value).tolist()]
-        setattr(args, name, tuple(scaled) if isinstance(value, tuple) else scaled[0])
-    args.scale = 1.0
-    for wrong, message in (
-        (source and args.env_id != default.env_id, f"{source} is a run on {default.env_id}; leave --env-id out"),
-        (not re.fullmatch(r"\w[\w.+=,-]{0,99}", args.exp_name), "--exp-name must be one short word, it names a folder"),
-        (args.dataset_id and args.dataset_path, "give --dataset-id or --dataset-path, not both"),
-        (args.cudagraphs and args.device == "cpu", "--cudagraphs needs a CUDA device"),
-        *mistakes(args),
-    ):
-        if wrong:
-            fail(message)
-    return args
-
-
-def tyro_cli(argv, default):
-    """tyro's reading of a command line; its errors, which fill a box, as one line."""
-    box = io.StringIO()
-    try:
-        with redirect_stderr(box):
-            return tyro.cli(Args, args=argv, default=default, description=__doc__)
-    except SystemExit as stop:
-        if stop.code:
-            fail(re.sub(r"[\s\u2500-\u257f]+", " ", box.getvalue()))
-        raise
-
-
-def check_ranges(args):
-    """Exit 2 with one line unless every number lies in its interval of RANGES."""
-    for (low, high), names in RANGES.items():
-        for name in names.split():
-            value = getattr(args, name)
-            for x in np.ravel(() if value is None and getattr(Args, name) is None else value).tolist():
-                if not (isinstance(x, (int, float)) and low <= x <= high):
-                    fail(f"--{name.replace('_', '-')} {x} lies outside [{low:g}, {high:g}]")
-
-
-def read_config(run_dir):
-    """config.json of a run of this script; exit 2 if RUN_DIR does not hold one."""
-    path = Path(run_dir).expanduser() / "config.json"
-    try:
-        config = json.loads(path.read_text())
-        if config["script"] != SCRIPT:
-            fail(f"{run_dir} is a run of {config['script']}; give a run of {SCRIPT}")
-        tuples = lambda value: tuple(map(tuples, value)) if isinstance(value, list) else value  # noqa: E731
-        config["args"] = {name: tuples(value) for name, value in config["args"].items()}
-        if other := set(config["args"]) ^ {field.name for field in fields(Args)}:
-            fail(f"{path} has other settings than this version of {SCRIPT} ({' '.join(sorted(other))})")
-        config["run_id"], config["dataset"]["sha256"], config["versions"], config["resumed"]
-        return config
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        fail(f"{path} is not the config of a run of {SCRIPT} ({error!r}); give the folder of a run")
-
-
-# === end shared block: command line ===
-
-
 # === shared block: exploit only ===
 def take_over(run, source):
     """--exploit-only: the online rows and exploration scores of a finished run, and its choice of offline data."""
@@ -824,7 +742,8 @@ def take_over(run, source):
 # === end shared block: exploit only ===
 
 
-# === shared block: evaluation ===
+# === shared block: tasks and data ===
+# --- evaluation ---
 def evaluate(env, agent, episodes, seed, frames=None):
     """Episodes of agent.act(obs): a list of dicts, and their means under the names of the metrics. The score is the
     paper's: success, kitchen tasks / 4, or D4RL's score, x 100. Start states and draws depend on the seed alone."""
@@ -903,10 +822,7 @@ def report(run, policies):
     return rows
 
 
-# === end shared block: evaluation ===
-
-
-# === shared block: replay buffer ===
+# --- replay buffer ---
 class ReplayBuffer:
     """Append-only transitions on the training device, as they came (raw rewards). One row holds all columns side by
     side, so that a batch is a single gather and an online step a single copy; no call waits for the device."""
@@ -963,10 +879,7 @@ class ReplayBuffer:
         return self.split(self.data[max(self.offline_size, self.size - n) : self.size])
 
 
-# === end shared block: replay buffer ===
-
-
-# === shared block: tasks and data ===
+# --- environments and datasets ---
 GOAL_RADIUS = 0.5  # D4RL's in both mazes; gymnasium-robotics uses 0.45
 ANTMAZE_DATA_GOAL_OFFSET = (0.75, -0.75)  # mean of the goals drawn by TaskEnv.reset
 
@@ -1279,8 +1192,90 @@ def load_dataset(args, env, seed):
 
 
 # === shared block: run directory ===
-FREE = ("resume", "track", "wandb_project", "wandb_mode", "runs_dir", "video", "device", "torch_threads", "log_every",
-        "checkpoint_every", "dataset_path")  # bear on no number (a data file must keep its SHA-256): may change
+# --- command line ---
+def fail(message, code=2) -> NoReturn:
+    """Say in one line on stderr what was wrong and what to do, and exit."""
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def parse_args(argv=None):
+    """Defaults < the task's row < the settings of the --exploit-only or --eval-only run < the command line; then
+    --scale. Exit 2 with one line for what cannot be."""
+    argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
+    first = tyro_cli([word for word in argv if word not in ("-h", "--help")], Args())
+    if source := first.eval_only or getattr(first, "exploit_only", ""):
+        own = {name: getattr(Args, name) for name in (*OWN, "exp_name", "eval_only", "exploit_only") if
+               hasattr(Args, name)}
+        default = Args(**read_config(source)["args"] | own)
+        check_ranges(default)
+    else:
+        default = replace(Args(env_id=first.env_id), **TASKS[first.env_id].settings)
+    args = tyro_cli(argv, default)
+    check_ranges(args)
+    for name in ("runs_dir", "dataset_path", "eval_only", "exploit_only", "init_from"):
+        if hasattr(args, name):
+            setattr(args, name, os.path.expanduser(getattr(args, name)))
+
+    for name in BUDGETS:
+        value = getattr(args, name)
+        scaled = [max(1, round(x * args.scale)) if x else 0 for x in np.atleast_1d(value).tolist()]
+        setattr(args, name, tuple(scaled) if isinstance(value, tuple) else scaled[0])
+    args.scale = 1.0
+    for wrong, message in (
+        (source and args.env_id != default.env_id, f"{source} is a run on {default.env_id}; leave --env-id out"),
+        (not re.fullmatch(r"\w[\w.+=,-]{0,99}", args.exp_name), "--exp-name must be one short word, it names a folder"),
+        (args.dataset_id and args.dataset_path, "give --dataset-id or --dataset-path, not both"),
+        (args.cudagraphs and args.device == "cpu", "--cudagraphs needs a CUDA device"),
+        *mistakes(args),
+    ):
+        if wrong:
+            fail(message)
+    return args
+
+
+def tyro_cli(argv, default):
+    """tyro's reading of a command line; its errors, which fill a box, as one line."""
+    box = io.StringIO()
+    try:
+        with redirect_stderr(box):
+            return tyro.cli(Args, args=argv, default=default, description=__doc__)
+    except SystemExit as stop:
+        if stop.code:
+            fail(re.sub(r"[\s\u2500-\u257f]+", " ", box.getvalue()))
+        raise
+
+
+def check_ranges(args):
+    """Exit 2 with one line unless every number lies in its interval of RANGES."""
+    for (low, high), names in RANGES.items():
+        for name in names.split():
+            value = getattr(args, name)
+            for x in np.ravel(() if value is None and getattr(Args, name) is None else value).tolist():
+                if not (isinstance(x, (int, float)) and low <= x <= high):
+                    fail(f"--{name.replace('_', '-')} {x} lies outside [{low:g}, {high:g}]")
+
+
+def read_config(run_dir):
+    """config.json of a run of this script; exit 2 if RUN_DIR does not hold one."""
+    path = Path(run_dir).expanduser() / "config.json"
+    try:
+        config = json.loads(path.read_text())
+        if config["script"] != SCRIPT:
+            fail(f"{run_dir} is a run of {config['script']}; give a run of {SCRIPT}")
+        tuples = lambda value: tuple(map(tuples, value)) if isinstance(value, list) else value  # noqa: E731
+        config["args"] = {name: tuples(value) for name, value in config["args"].items()}
+        if other := set(config["args"]) ^ {field.name for field in fields(Args)}:
+            fail(f"{path} has other settings than this version of {SCRIPT} ({' '.join(sorted(other))})")
+        config["run_id"], config["dataset"]["sha256"], config["versions"], config["resumed"]
+        return config
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        fail(f"{path} is not the config of a run of {SCRIPT} ({error!r}); give the folder of a run")
+
+
+# --- run directory, metrics, checkpoint ---
+OWN = ("resume", "track", "wandb_project", "wandb_mode", "runs_dir", "video", "device", "torch_threads")
+FREE = (*OWN, "log_every", "checkpoint_every", "dataset_path")  # bear on no number (the data's SHA-256 does)
 COMPILE_PAYS = 20_000  # updates from which torch.compile saves more time than it takes (docs/speed.md)
 
 
@@ -1431,13 +1426,14 @@ class Run:
     begin() nothing is written, and by then what is to be continued has been read and verified."""
 
     FILES = ("metrics.jsonl", "evals.jsonl", "timing.jsonl", "replay.bin")
+    signal = None  # the one that has come
 
     def __init__(self, args, **progress):
         """progress: the counters and scores of a new run."""
         self.args, self.progress, self.models, self.config, self.wandb = args, progress, {}, None, None
         self.path = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}"
         self.sizes, self.sums = dict.fromkeys(self.FILES, 0), dict.fromkeys(self.FILES, 0)
-        self.signal, self.updates, self.clock = None, 0, time.perf_counter()
+        self.updates, self.clock = 0, time.perf_counter()
         self.data_seed, self.data_sha256 = args.seed, None  # of the offline data; --exploit-only: the source's
         if (self.path / "config.json").exists():
             if not args.resume:
@@ -1513,7 +1509,7 @@ class Run:
             raise
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self.on_signal)
+                signal.signal(number, Run.on_signal)
         place = {name: value for name, value in self.progress.items() if name != "scores"}
         if self.args.resume:
             print(f"continued at {place}" if any(place.values()) else "nothing to continue, starting anew")
@@ -1531,9 +1527,10 @@ class Run:
         except Exception as error:  # no key, no network, not installed
             fail(f"--track: wandb cannot start ({error}); log in, use --wandb-mode offline, or leave --track out")
 
-    def on_signal(self, number, frame):
+    @staticmethod
+    def on_signal(number, frame):
         """The next checkpoint is the last one; a second signal ends at once."""
-        self.signal = number
+        Run.signal = number
         for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(each, signal.SIG_DFL)
 

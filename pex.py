@@ -32,20 +32,23 @@ Both policies propose an action, pi_beta (frozen) its mean and pi_theta (learnt)
 from softmax(inv_temperature * min Q). pi_theta is regressed, as IQL's policy, on the actions that this composed policy
 would play in the states of the batch.
 
-Choices where paper and code differ or are silent:
- 1. Expectile, temperature, pretraining steps and reward shift are those of iql_ooo.py's exploration, per task; inverse
-    temperature 10, 5,000 steps before the first update and batches half offline, half online are PEX's own. No RND.
+Where paper and official code differ, the paper wins where it is explicit, else the code, except where the published
+coefficients were tuned with the code's form. Each choice and exception:
+ 1. Expectile, temperature, dropout (Table 4), log_std_min (code; hammer -2), pretraining steps and reward shift are
+    those of iql_ooo.py's exploration, per task; inverse temperature 10, 5,000 steps before the first update and batches
+    half offline, half online are PEX's own. No RND.
  2. Order of an update as in PEX's code (golden vectors): the Q target uses V before its step (IQL here: after), the
     policy step the critic, target and V after theirs.
- 3. Evaluation is epsilon-greedy over the two policies' means: with probability 0.1 either one, each equally likely,
-    else the one with the larger Q. Its draws have a generator of their own: evaluations do not change the training.
+ 3. Evaluation makes two independent draws, as PEX's code: with probability 0.1 pi_theta's action is a sample, else its
+    mean; with probability 0.1 the policy is drawn from the softmax, else it is the one with the larger Q.
  4. Online, pi_theta's actions enter Q unclipped, as PEX's code has it; the environment gets clipped ones.
  5. Q, V and their targets go on from the offline phase; all optimisers start anew. The fresh policy has no dropout (the
     offline one has the task's, while it is trained), and IQL's orthogonal initialisation.
  6. Q targets are clipped to q_reward_bounds where the task's IQL does so (binary Adroit), in both phases.
  7. Offline and online data are in one append-only buffer; a batch takes half of its rows from each part.
  8. AntMaze runs for the 1.5M steps that Table 2 reports (IQL's exploration config: 2M).
- 9. Today's packages: README, "Data and environments" (signs, horizons, mazes, goals, noise).
+ 9. Kitchen observations are 30 of D4RL's 60 numbers, without the goal, which never changes: a reading.
+10. Today's packages: README, "Data and environments" (signs, horizons, mazes, goals, noise).
 """
 
 import difflib
@@ -180,7 +183,8 @@ class Args:
     offline_ratio: float = 0.5
     """Share of each online batch that is drawn from the offline data."""
     epsilon: float = 0.1
-    """Evaluation: probability of playing either policy's action, instead of the one with the larger Q."""
+    """Evaluation: probability of the learnt policy's sample, instead of its mean, and, drawn by itself, of a choice by
+    the softmax, instead of the larger Q."""
 # === shared block: logging arguments ===
     # --- logging and checkpoints ---
     log_every: int = 1_000
@@ -216,11 +220,11 @@ BASELINE_TASKS = {
     "hammer-truncated-expert-v1": dict(truncate_episodes=20),
 }
 # === end shared block: baseline tasks ===
-# The offline phase is IQL's, with the official IQL configs (Table 4 where they agree).
+# The offline phase is IQL's: Table 4, and the official IQL configs where it says nothing.
 ADROIT_IQL = dict(offline_steps=25_000, expectile=0.8, dropout=0.1, q_reward_bounds=(-1.0, 5.0))
 KITCHEN_IQL = dict(offline_steps=1_000_000, temperature=0.5, dropout=0.1)
 IQL_OF = {"kitchen": KITCHEN_IQL, "antmaze": dict(expectile=0.9, temperature=10.0), "maze2d": dict(expectile=0.9),
-          "hammer": dict(offline_steps=50_000, log_std_min=-2.0)}
+          "hammer": dict(offline_steps=50_000, expectile=0.8, log_std_min=-2.0)}
 TASKS = {env_id: {**row, **IQL_OF.get(env_id.split("-")[0], ADROIT_IQL)} for env_id, row in BASELINE_TASKS.items()}
 
 
@@ -1059,9 +1063,8 @@ class PEXAgent(nn.Module):
     """The frozen offline policy, the learnt one, and Q and V, which go on from the offline phase; new optimisers."""
 
     def __init__(self, obs_dim, act_dim, hidden_dims, learning_rate, device, *, offline=None, log_std_min=-5.0,
-                 inv_temperature=10.0, epsilon=0.1, seed=0):
-        """offline: the Agent of the offline phase, which stays as it is; None if a saved state will be loaded. seed: of
-        the evaluation's own draws."""
+                 inv_temperature=10.0, epsilon=0.1):
+        """offline: the Agent of the offline phase, which stays as it is; None if a saved state will be loaded."""
         super().__init__()
         self.actor, self.offline_actor = (Actor(obs_dim, act_dim, hidden_dims, log_std_min=log_std_min) for _ in "ab")
         self.critic, self.critic_target = (Critic(obs_dim, act_dim, hidden_dims) for _ in "ab")
@@ -1076,15 +1079,12 @@ class PEXAgent(nn.Module):
         self.optimizers = {name: Adam(getattr(self, name).parameters(), learning_rate)
                            for name in ("value", "critic", "actor")}
         self.inv_temperature, self.epsilon, self.device, self.act_dim = inv_temperature, epsilon, device, act_dim
-        self.evaluation_rng = torch.Generator().manual_seed(seed)
 
     @torch.no_grad()
-    def propose(self, observations, noise=None):
+    def propose(self, observations, noise):
         """Both policies' actions (2, batch, act_dim), the frozen one's first, not clipped, and their Q (2, batch).
-        noise: standard normal (batch, act_dim) of the learnt policy, or None for its mean."""
-        learnt = self.actor.net(observations).tanh()
-        if noise is not None:
-            learnt = learnt + self.actor.std() * noise
+        noise: standard normal (batch, act_dim) of the learnt policy, 0 for its mean."""
+        learnt = self.actor.net(observations).tanh() + self.actor.std() * noise
         actions = torch.stack([self.offline_actor.act(observations), learnt])
         return actions, torch.stack([self.critic(observations, a).amin(0) for a in actions])
 
@@ -1102,25 +1102,21 @@ class PEXAgent(nn.Module):
 
     @torch.no_grad()
     def act(self, obs, sample):
-        """One numpy observation to one numpy action in [-1, 1]: drawn from the expanded policy, or (sample=False)
-        epsilon-greedy over the two means."""
-        observations = torch.from_numpy(obs).to(self.device)[None]
-        if sample:
-            noise, uniform = (torch.randn(1, self.act_dim, device=self.device), torch.rand(1, device=self.device))
-            action = self.compose(observations, noise, uniform)[0][0]
-        else:
-            actions, q = self.propose(observations)
-            any_policy, coin = torch.rand(2, generator=self.evaluation_rng).tolist()
-            action = actions[int(coin < 0.5 if any_policy < self.epsilon else q[1, 0] > q[0, 0]), 0]
+        """One numpy observation to one numpy action in [-1, 1]: drawn from the expanded policy, or (sample=False) as
+        PEX evaluates it, with the CPU's random numbers."""
+        observations, device = torch.from_numpy(obs).to(self.device)[None], self.device if sample else "cpu"
+        noise, uniform = torch.randn(1, self.act_dim, device=device), torch.rand(1, device=device)
+        if not sample:  # no noise is the mean; a uniform draw of 1/2 chooses the larger Q
+            sampled, drawn = torch.rand(2) < self.epsilon
+            noise, uniform = noise * sampled, torch.where(drawn, uniform, 0.5)
+        action = self.compose(observations, noise.to(self.device), uniform.to(self.device))[0][0]
         return action.clamp(-1.0, 1.0).cpu().numpy()
 
     def full_state(self):
-        return {"networks": self.state_dict(), "evaluation_rng": self.evaluation_rng.get_state(),
-                **{name: adam.state_dict() for name, adam in self.optimizers.items()}}
+        return {"networks": self.state_dict(), **{name: adam.state_dict() for name, adam in self.optimizers.items()}}
 
     def load_full_state(self, state):
         self.load_state_dict(state["networks"])
-        self.evaluation_rng.set_state(state["evaluation_rng"].cpu())
         for name, adam in self.optimizers.items():
             adam.load_state_dict(state[name])
 
@@ -1294,9 +1290,11 @@ def wrap_update(args, update):
 # === shared block: evaluation ===
 def evaluate(env, act, episodes, seed, frames=None):
     """Episodes with act(obs) -> action. Returns a list of dicts: return, length, success (at any step), max_reward.
-    Start states depend on `seed` alone. frames: a list that receives the rendered pictures, or None."""
-    results = []
+    Start states, and the CPU's random numbers that act may draw, depend on `seed` and the episode alone; the training's
+    random numbers are untouched. frames: a list that receives the rendered pictures, or None."""
+    results, training_rng = [], torch.get_rng_state()
     for i in range(episodes):
+        torch.default_generator.manual_seed(derive_seed(seed, "evaluation", i))
         obs, _ = env.reset(seed=derive_seed(seed, "evaluation", i))
         episode, done = {"return": 0.0, "length": 0, "success": False, "max_reward": -float("inf")}, False
         while not done:
@@ -1309,6 +1307,7 @@ def evaluate(env, act, episodes, seed, frames=None):
             episode["success"] = episode["success"] or info["success"]
             episode["max_reward"] = max(episode["max_reward"], reward)
         results.append(episode)
+    torch.set_rng_state(training_rng)
     return results
 
 
@@ -1686,8 +1685,7 @@ def save_policy(s, path):
 
 
 def load_policy(path, device="cpu"):
-    """Returns (act, content) of a file of save_policy; act(obs) is the evaluation's epsilon-greedy action, numpy to
-    numpy. The draws begin anew with every load."""
+    """Returns (act, content) of a file of save_policy; act(obs) is an action as PEX evaluates, numpy to numpy."""
     content = load_torch(path, SCRIPT, device)
     options = {name: content[name] for name in ("log_std_min", "inv_temperature", "epsilon")}
     agent = PEXAgent(content["obs_dim"], content["act_dim"], content["hidden_dims"], 0.0, device, **options)
@@ -1744,7 +1742,7 @@ def expand(s):
     """From offline to online: the policy freezes and a new one joins it; batches of the two kinds of data."""
     args = s.args
     s.explorer = agent = PEXAgent(
-        s.obs_dim, s.act_dim, args.hidden_dims, args.learning_rate, s.device, offline=s.explorer, seed=args.seed,
+        s.obs_dim, s.act_dim, args.hidden_dims, args.learning_rate, s.device, offline=s.explorer,
         log_std_min=args.log_std_min, inv_temperature=args.inv_temperature, epsilon=args.epsilon)
     s.learners, s.losses = {"pex": agent}, LossHistory()
     s.explore_update = make_gradient_step(args, s.buffer, lambda batch, _: pex_update(agent, batch, s.settings))

@@ -28,24 +28,29 @@ Algorithm 1. RLPD: arXiv 2302.02948. SAC: arXiv 1812.05905. RND: arXiv 1810.1289
     python rlpd_ooo.py --eval-only runs/ant-sparse-v2__rlpd_ooo__1 --episodes 100 --video     # the saved policy
   Ablations of the exploitation phase, on the data of a finished run:
     python rlpd_ooo.py --exploit-only runs/ant-sparse-v2__rlpd_ooo__1 --retrain-upsample 0 --exp-name no_up    # Fig. 11
-    python rlpd_ooo.py --exploit-only runs/ant-sparse-v2__rlpd_ooo__1 --no-retrain-q-bounds --exp-name no_bounds
+    python rlpd_ooo.py --exploit-only runs/ant-sparse-v2__rlpd_ooo__1 --retrain-q-bounds --exp-name bounds
     python rlpd_ooo.py --exploit-only runs/ant-sparse-v2__rlpd_ooo__1 --retrain-critics 10 --retrain-layer-norm \
         --exp-name ensemble
 
-Choices where paper and official code differ or are silent:
+Where paper and official code differ, the paper wins where it is explicit, else the code, except where the published
+coefficients were tuned with the code's form (5, 6). Each choice and exception:
  1. The retrained agent is plain SAC: 2 critics without layer norm (code; --retrain-critics, --retrain-layer-norm).
- 2. Its Q targets are clipped to [min, max] reward of its data / (1 - gamma), as the paper's text asks
-    (--no-retrain-q-bounds is the code). The entropy term is added after the clip, as everywhere in the code.
+ 2. Its Q targets are not clipped: neither the paper nor the published command has bounds. --retrain-q-bounds clips them
+    to [min, max] reward of its data / (1 - gamma), before the entropy term is added, as elsewhere in the code.
  3. Upsampling: 32 rows of reward 1 are added to each batch of 256 (code), which is section 4.2 with alpha = 1/9
     (--retrain-upsample). With no such row in the data sampling stays uniform, with a message; the code then
     upsamples the largest reward, that is: everything.
  4. The actor maximises the mean over the critics in both phases, as RLPD does (SAC's paper: the smaller of two).
  5. Intrinsic reward of s': largest squared feature error, from the predictor before its step, once for the whole
-    update of --utd-ratio batches (code; --rnd-reward l2 is the paper's squared norm).
- 6. Ant: 28 observations. The code's 112 hold 84 contact forces, which were 0 in its MuJoCo unless asked for.
- 7. Tasks with offline data are not in the paper's Table 3: rewards, masks and data are those of iql_ooo.py, the rest
+    update of --utd-ratio batches (code; --rnd-reward l2 is the paper's squared norm). Layers (512, 512), the last one
+    linear, initialised as all of RLPD's (code; --rnd-hidden-dims 512 512 512 is the paper's wording).
+ 6. RND's running standard deviation is of rewards that it has divided already (code; --rnd-normalizer paper: of the raw
+    errors, as appendix A means it).
+ 7. Ant: 28 observations. The code's 112 hold 84 contact forces, which were 0 in its MuJoCo unless asked for.
+ 8. Tasks with offline data are not in the paper's Table 3: rewards, masks and data are those of iql_ooo.py, the rest
     is as in sparse locomotion. --offline-ratio is the share of offline data in each single minibatch.
- 8. Retraining for t uses exactly D_off + D_on[:t] but runs when the episode under way has ended (see iql_ooo.py).
+ 9. Kitchen observations are 30 of D4RL's 60 numbers, without the goal, which never changes: a reading.
+10. Retraining for t uses exactly D_off + D_on[:t] but runs when the episode under way has ended (see iql_ooo.py).
 grad_step counts updates: one is --utd-ratio critic steps, then one actor and one alpha step.
 """
 
@@ -180,7 +185,7 @@ class Args:
     """Critics of the exploitation agent; its target is the smallest of num_min_qs of them."""
     retrain_layer_norm: bool = False
     """Layer norm in the exploitation agent's critics."""
-    retrain_q_bounds: bool = True
+    retrain_q_bounds: bool = False
     """Clip Q targets to [min, max] reward of the data / (1 - gamma)."""
     retrain_upsample: float = 1 / 9
     """alpha of section 4.2, below 1: the share of high-reward transitions in a batch, added to batch_size others."""
@@ -194,6 +199,8 @@ class Args:
 # === shared block: rnd arguments ===
     rnd_reward: Literal["max", "l2"] = "max"
     """max over features of the squared error (code), or their sum (paper)."""
+    rnd_normalizer: Literal["code", "paper"] = "code"
+    """The reward is divided by the running std of rewards already divided (code), or of the raw errors (paper)."""
     rnd_hidden_dims: tuple[int, ...] = (512, 512)
     """Layers of predictor and target, the last one linear."""
     rnd_learning_rate: float = 1e-4
@@ -1015,6 +1022,15 @@ class Learner(nn.Module):
 
 
 # === networks ===
+@torch.no_grad()
+def xavier_uniform(weights):
+    """RLPD's initialisation of every network, RND's too, in place; the other scripts' is orthogonal. weights: (in, out)
+    matrices, also stacked. Drawn on the CPU, so that all devices start alike."""
+    for weight in weights:
+        for matrix in weight.view(-1, *weight.shape[-2:]):
+            matrix.copy_(nn.init.xavier_uniform_(torch.empty(matrix.shape)))
+
+
 class Actor(nn.Module):
     """tanh-squashed Gaussian, mean and log_std from one network."""
 
@@ -1044,9 +1060,7 @@ class Agent(Learner):
         self.actor = Actor(obs_dim, act_dim, hidden_dims)
         self.critic, self.critic_target = (
             Critic(obs_dim, act_dim, hidden_dims, num_qs, layer_norm) for _ in range(2))
-        for weight in [*(m.weight for m in self.actor.net if isinstance(m, nn.Linear)), *self.critic.weights]:
-            for matrix in weight.data.view(-1, *weight.shape[-2:]):
-                nn.init.xavier_uniform_(matrix)  # RLPD's; orthogonal in the other scripts
+        xavier_uniform([p for p in self.actor.parameters() if p.ndim == 2] + list(self.critic.weights))
         self.critic_target.load_state_dict(self.critic.state_dict())
         self.critic_target.requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(float(np.log(init_alpha))))
@@ -1076,39 +1090,46 @@ def update_running(mean, var, count, x):
 
 
 class RND(nn.Module):
-    """Random network distillation (arXiv 1810.12894): the error of a trained predictor of a fixed random network's
-    features of s', divided by the running standard deviation of such errors, is the intrinsic reward."""
+    """Random network distillation (arXiv 1810.12894): the error e of a trained predictor of a fixed random network's
+    features of s', divided by a running standard deviation, is the intrinsic reward."""
 
     def __init__(self, predictor, target, obs_dim, learning_rate, device, *, update_proportion=0.25, reward="max",
-                 reward_before_step=False):
+                 normalizer="code", reward_before_step=False):
         """predictor, target: networks (n, obs_dim) -> (n, features). reward: 'max' over features of the squared error
-        (official code) or 'l2', its sum (paper). reward_before_step: order of the RLPD and Cal-QL codes."""
+        (official code) or 'l2', its sum (paper). normalizer: the standard deviation is that of e ('paper', appendix A:
+        the networks' scale cancels), or of rewards that were already divided ('code': these tend to e / var(e)^(1/4),
+        in which it does not). reward_before_step: order of the RLPD and Cal-QL codes."""
         super().__init__()
         self.predictor, self.target = predictor, target.requires_grad_(False)
-        self.update_proportion, self.reward_form = update_proportion, reward
+        self.update_proportion, self.reward_form, self.normalizer = update_proportion, reward, normalizer
         self.reward_before_step = reward_before_step
         for name, dim in (("obs", obs_dim), ("reward", 1)):
             self.register_buffer(f"{name}_mean", torch.zeros(dim, dtype=torch.float64))
             self.register_buffer(f"{name}_var", torch.ones(dim, dtype=torch.float64))
             # Not 0-d: torch.compile loses what is written into a 0-d float64 tensor on the CPU.
             self.register_buffer(f"{name}_count", torch.full((1,), 1e-4, dtype=torch.float64))
+        if normalizer == "paper":  # squared errors may be so small that a variance of 1 counted 1e-4 times outweighs
+            self.reward_count.zero_()  # theirs for a whole run; thus the first batch replaces it
         self.to(device)
         self.optimizer = Adam(self.predictor.parameters(), learning_rate)
 
     def normalize(self, observations):
         return ((observations - self.obs_mean.float()) / self.obs_var.sqrt().float()).clamp(-5.0, 5.0)
 
-    def reward_of(self, predicted, features):
-        """Intrinsic reward (n,), divided by the running standard deviation, no mean subtracted."""
+    def error_of(self, predicted, features):
+        """The intrinsic reward before its division, shape (n,)."""
         error = (predicted - features).square()
-        error = error.amax(-1) if self.reward_form == "max" else error.sum(-1)
-        return error / self.reward_var.sqrt().float()
+        return error.amax(-1) if self.reward_form == "max" else error.sum(-1)
+
+    def divide(self, error):
+        """By the running standard deviation, no mean subtracted; that of a first batch of one row is 0."""
+        return error / self.reward_var.sqrt().float().clamp(min=1e-12)
 
     @torch.no_grad()
     def intrinsic_rewards(self, next_observations):
         """Reward of the state as it stands; nothing is updated."""
         z = self.normalize(next_observations)
-        return self.reward_of(self.predictor(z), self.target(z))
+        return self.divide(self.error_of(self.predictor(z), self.target(z)))
 
     def update(self, observations, next_observations, uniform=None):
         """One predictor step and the intrinsic rewards of the batch. Returns (rewards (batch,), predictor loss).
@@ -1127,13 +1148,15 @@ class RND(nn.Module):
         loss = error.sum() / mask.sum().clamp(min=1)
         with torch.no_grad():
             if self.reward_before_step:
-                rewards = self.reward_of(self.predictor(z), features)
+                raw = self.error_of(self.predictor(z), features)
         self.optimizer.minimize(loss)
         # --- Rewards with the statistics from before this batch, then the statistics ---
         with torch.no_grad():
             if not self.reward_before_step:
-                rewards = self.reward_of(self.predictor(z), features)
-            update_running(self.reward_mean, self.reward_var, self.reward_count, rewards[:, None])
+                raw = self.error_of(self.predictor(z), features)
+            rewards = self.divide(raw)
+            seen = rewards if self.normalizer == "code" else raw
+            update_running(self.reward_mean, self.reward_var, self.reward_count, seen[:, None])
             update_running(self.obs_mean, self.obs_var, self.obs_count, observations)
         return rewards, loss.detach()
 
@@ -1148,7 +1171,7 @@ class RND(nn.Module):
 def make_rnd(args, obs_dim, device, **options):
     networks = (mlp((obs_dim, *args.rnd_hidden_dims)) for _ in range(2))
     return RND(*networks, obs_dim, args.rnd_learning_rate, device, update_proportion=args.rnd_update_proportion,
-               reward=args.rnd_reward, **options)
+               reward=args.rnd_reward, normalizer=args.rnd_normalizer, **options)
 
 
 # === end shared block: rnd ===
@@ -1333,9 +1356,11 @@ class CudaGraph:
 # === shared block: evaluation ===
 def evaluate(env, act, episodes, seed, frames=None):
     """Episodes with act(obs) -> action. Returns a list of dicts: return, length, success (at any step), max_reward.
-    Start states depend on `seed` alone. frames: a list that receives the rendered pictures, or None."""
-    results = []
+    Start states, and the CPU's random numbers that act may draw, depend on `seed` and the episode alone; the training's
+    random numbers are untouched. frames: a list that receives the rendered pictures, or None."""
+    results, training_rng = [], torch.get_rng_state()
     for i in range(episodes):
+        torch.default_generator.manual_seed(derive_seed(seed, "evaluation", i))
         obs, _ = env.reset(seed=derive_seed(seed, "evaluation", i))
         episode, done = {"return": 0.0, "length": 0, "success": False, "max_reward": -float("inf")}, False
         while not done:
@@ -1348,6 +1373,7 @@ def evaluate(env, act, episodes, seed, frames=None):
             episode["success"] = episode["success"] or info["success"]
             episode["max_reward"] = max(episode["max_reward"], reward)
         results.append(episode)
+    torch.set_rng_state(training_rng)
     return results
 
 
@@ -1852,6 +1878,8 @@ def build_explorer(s):
     args = s.args
     s.explorer = make_agent(args, s.obs_dim, s.act_dim, s.device, args.num_qs, layer_norm=True)
     s.rnd = make_rnd(args, s.obs_dim, s.device, reward_before_step=True) if args.intrinsic_reward_scale else None
+    if s.rnd:
+        xavier_uniform([p for p in s.rnd.parameters() if p.ndim == 2])
     s.learners = {"explorer": s.explorer, **({"rnd": s.rnd} if s.rnd else {})}
     settings = make_settings(args, s.act_dim, intrinsic_reward_scale=args.intrinsic_reward_scale)
     s.explore_update = make_update(args, s.buffer, s.explorer, settings, s.rnd, args.utd_ratio)

@@ -16,7 +16,7 @@
 #     "matplotlib==3.11.2",
 # ]
 # ///
-"""TD3 + RND: Fujimoto's TD3 with RND's exploration bonus, from scratch on a buffer that starts with the offline data.
+"""TD3 + RND: the authors' TD3 with RND's exploration bonus, from scratch on a buffer that starts with the offline data.
 
 Baseline of "Offline Retraining for Online RL: Decoupled Policy Learning to Mitigate Exploration Bias", arXiv
 2310.08558, Tables 1 and 2. TD3: arXiv 1802.09477, Algorithm 1. RND: arXiv 1810.12894. The policy that explores is the
@@ -24,26 +24,30 @@ one that is evaluated; nothing is pretrained and nothing retrained.
 
     python td3_rnd.py --env-id maze2d-missing-data-large-v1 --seed 3                           # TD3 + RND
     python td3_rnd.py --env-id pen-binary-v0 --intrinsic-reward-scale 0 --exp-name td3         # without the bonus
-    python td3_rnd.py --env-id pen-binary-v0 --variant official --exp-name td3_rnd_official    # the authors' TD3
+    python td3_rnd.py --env-id pen-binary-v0 --variant fujimoto --exp-name td3_rnd_fujimoto    # the published TD3
     python td3_rnd.py --env-id kitchen-mixed-v0 --scale 0.01                                   # every budget x 0.01
     python td3_rnd.py --eval-only runs/pen-binary-v0__td3_rnd__1 --episodes 100 --video        # the saved policy
 
 losses/q_mean in metrics.jsonl is the mean Q of the batch, whose explosion Figure 5 shows.
 
-Choices where paper and official code differ or are silent:
- 1. TD3 is Fujimoto's, which the paper cites: deterministic policy, target policy smoothing, a target actor, one policy
-    step in two. --variant official is the code's: tanh-squashed Gaussian with a learnt log_std in [-5, 2] that explores
-    by its own noise, no target actor, no delay, policy against the mean of both critics before their step.
+Where paper and official code differ, the paper wins where it is explicit, else the code, except where the published
+coefficients were tuned with the code's form (4). Each choice and exception:
+ 1. TD3 is the code's: "no new hyper-parameters are introduced" (B.3) holds for that one alone. Tanh-squashed Gaussian
+    with a learnt log_std that explores by its own noise, no target actor, no delay, policy against the mean of both
+    critics before their step; dropout (in the policy loss only) and log_std_min per task as IQL's exploration.
+    --variant fujimoto is the TD3 that the paper cites: deterministic policy, target policy smoothing, a target actor,
+    one policy step in two; without dropout.
  2. Networks, learning rate (3e-4) and batch (256) are those of IQL here; Fujimoto's critic loss is the sum over the two
     critics, here it is their mean, which Adam turns into the same step.
  3. No random steps at the start (Fujimoto: 25,000): the buffer holds the offline data, and the bonus explores.
  4. The bonus is added to the target, with IQL + RND's coefficients: 10 on kitchen and the mazes, 0.5 on Adroit.
-    RND's own choices (largest squared error, layers) are those of iql_ooo.py.
+    RND's own choices (largest squared error, layers, --rnd-normalizer code) are those of iql_ooo.py.
  5. Rewards are shifted and masked as for IQL (kitchen r - 4, masked at 4; mazes r - 1). Q targets are not clipped: no
     bounds in the code's TD3, nor in Fujimoto's.
  6. Offline and online data are sampled uniformly from one append-only buffer.
  7. AntMaze runs for the 1.5M steps that Table 2 reports (IQL's exploration config: 2M).
- 8. Today's packages: README, "Data and environments" (signs, horizons, mazes, goals, noise).
+ 8. Kitchen observations are 30 of D4RL's 60 numbers, without the goal, which never changes: a reading.
+ 9. Today's packages: README, "Data and environments" (signs, horizons, mazes, goals, noise).
 """
 
 import difflib
@@ -154,8 +158,12 @@ class Args:
     """Environment steps t whose policy is saved and scored in the table, beside the last; as OOO's retrain_at."""
 # === end shared block: baseline arguments ===
     # --- TD3 ---
-    variant: Literal["fujimoto", "official"] = "fujimoto"
-    """fujimoto: the published TD3; official: the authors' simplified one, which the options below do not touch."""
+    variant: Literal["official", "fujimoto"] = "official"
+    """official: the authors' simplified TD3, with the next two options; fujimoto: the published one, with the rest."""
+    dropout: float = 0.0
+    """Dropout rate of the policy's hidden layers, in the policy loss only."""
+    log_std_min: float = -5.0
+    """Lower clip of the policy's log standard deviation (upper: 2)."""
     exploration_noise: float = 0.1
     """Standard deviation of the noise on the actions that are played."""
     policy_noise: float = 0.2
@@ -170,6 +178,8 @@ class Args:
 # === shared block: rnd arguments ===
     rnd_reward: Literal["max", "l2"] = "max"
     """max over features of the squared error (code), or their sum (paper)."""
+    rnd_normalizer: Literal["code", "paper"] = "code"
+    """The reward is divided by the running std of rewards already divided (code), or of the raw errors (paper)."""
     rnd_hidden_dims: tuple[int, ...] = (512, 512)
     """Layers of predictor and target, the last one linear."""
     rnd_learning_rate: float = 1e-4
@@ -212,8 +222,11 @@ BASELINE_TASKS = {
     "hammer-truncated-expert-v1": dict(truncate_episodes=20),
 }
 # === end shared block: baseline tasks ===
-WIDE_BONUS = ("kitchen", "antmaze", "maze2d")  # coefficient 10, that of IQL + RND; Adroit and hammer: 0.5
-TASKS = {env_id: dict(row, intrinsic_reward_scale=10.0) if env_id.startswith(WIDE_BONUS) else row
+# Policy and bonus are those of IQL + RND's exploration; the bonus coefficient of Adroit and hammer is 0.5.
+WIDE_BONUS = dict(intrinsic_reward_scale=10.0)
+IQL_OF = {"kitchen": dict(WIDE_BONUS, dropout=0.1), "antmaze": WIDE_BONUS, "maze2d": WIDE_BONUS,
+          "hammer": dict(log_std_min=-2.0)}
+TASKS = {env_id: {**row, **IQL_OF.get(env_id.split("-")[0], dict(dropout=0.1))}
          for env_id, row in BASELINE_TASKS.items()}
 
 
@@ -1098,39 +1111,46 @@ def update_running(mean, var, count, x):
 
 
 class RND(nn.Module):
-    """Random network distillation (arXiv 1810.12894): the error of a trained predictor of a fixed random network's
-    features of s', divided by the running standard deviation of such errors, is the intrinsic reward."""
+    """Random network distillation (arXiv 1810.12894): the error e of a trained predictor of a fixed random network's
+    features of s', divided by a running standard deviation, is the intrinsic reward."""
 
     def __init__(self, predictor, target, obs_dim, learning_rate, device, *, update_proportion=0.25, reward="max",
-                 reward_before_step=False):
+                 normalizer="code", reward_before_step=False):
         """predictor, target: networks (n, obs_dim) -> (n, features). reward: 'max' over features of the squared error
-        (official code) or 'l2', its sum (paper). reward_before_step: order of the RLPD and Cal-QL codes."""
+        (official code) or 'l2', its sum (paper). normalizer: the standard deviation is that of e ('paper', appendix A:
+        the networks' scale cancels), or of rewards that were already divided ('code': these tend to e / var(e)^(1/4),
+        in which it does not). reward_before_step: order of the RLPD and Cal-QL codes."""
         super().__init__()
         self.predictor, self.target = predictor, target.requires_grad_(False)
-        self.update_proportion, self.reward_form = update_proportion, reward
+        self.update_proportion, self.reward_form, self.normalizer = update_proportion, reward, normalizer
         self.reward_before_step = reward_before_step
         for name, dim in (("obs", obs_dim), ("reward", 1)):
             self.register_buffer(f"{name}_mean", torch.zeros(dim, dtype=torch.float64))
             self.register_buffer(f"{name}_var", torch.ones(dim, dtype=torch.float64))
             # Not 0-d: torch.compile loses what is written into a 0-d float64 tensor on the CPU.
             self.register_buffer(f"{name}_count", torch.full((1,), 1e-4, dtype=torch.float64))
+        if normalizer == "paper":  # squared errors may be so small that a variance of 1 counted 1e-4 times outweighs
+            self.reward_count.zero_()  # theirs for a whole run; thus the first batch replaces it
         self.to(device)
         self.optimizer = Adam(self.predictor.parameters(), learning_rate)
 
     def normalize(self, observations):
         return ((observations - self.obs_mean.float()) / self.obs_var.sqrt().float()).clamp(-5.0, 5.0)
 
-    def reward_of(self, predicted, features):
-        """Intrinsic reward (n,), divided by the running standard deviation, no mean subtracted."""
+    def error_of(self, predicted, features):
+        """The intrinsic reward before its division, shape (n,)."""
         error = (predicted - features).square()
-        error = error.amax(-1) if self.reward_form == "max" else error.sum(-1)
-        return error / self.reward_var.sqrt().float()
+        return error.amax(-1) if self.reward_form == "max" else error.sum(-1)
+
+    def divide(self, error):
+        """By the running standard deviation, no mean subtracted; that of a first batch of one row is 0."""
+        return error / self.reward_var.sqrt().float().clamp(min=1e-12)
 
     @torch.no_grad()
     def intrinsic_rewards(self, next_observations):
         """Reward of the state as it stands; nothing is updated."""
         z = self.normalize(next_observations)
-        return self.reward_of(self.predictor(z), self.target(z))
+        return self.divide(self.error_of(self.predictor(z), self.target(z)))
 
     def update(self, observations, next_observations, uniform=None):
         """One predictor step and the intrinsic rewards of the batch. Returns (rewards (batch,), predictor loss).
@@ -1149,13 +1169,15 @@ class RND(nn.Module):
         loss = error.sum() / mask.sum().clamp(min=1)
         with torch.no_grad():
             if self.reward_before_step:
-                rewards = self.reward_of(self.predictor(z), features)
+                raw = self.error_of(self.predictor(z), features)
         self.optimizer.minimize(loss)
         # --- Rewards with the statistics from before this batch, then the statistics ---
         with torch.no_grad():
             if not self.reward_before_step:
-                rewards = self.reward_of(self.predictor(z), features)
-            update_running(self.reward_mean, self.reward_var, self.reward_count, rewards[:, None])
+                raw = self.error_of(self.predictor(z), features)
+            rewards = self.divide(raw)
+            seen = rewards if self.normalizer == "code" else raw
+            update_running(self.reward_mean, self.reward_var, self.reward_count, seen[:, None])
             update_running(self.obs_mean, self.obs_var, self.obs_count, observations)
         return rewards, loss.detach()
 
@@ -1170,7 +1192,7 @@ class RND(nn.Module):
 def make_rnd(args, obs_dim, device, **options):
     networks = (mlp((obs_dim, *args.rnd_hidden_dims)) for _ in range(2))
     return RND(*networks, obs_dim, args.rnd_learning_rate, device, update_proportion=args.rnd_update_proportion,
-               reward=args.rnd_reward, **options)
+               reward=args.rnd_reward, normalizer=args.rnd_normalizer, **options)
 
 
 # === end shared block: rnd ===
@@ -1221,11 +1243,14 @@ def fujimoto_update(agent, batch, settings, intrinsic_rewards=None, update_polic
 # === shared block: simplified td3 ===
 def td3_update(agent, batch, settings, intrinsic_rewards=None, noise=None):
     """The authors' simplified TD3 (Fig. 5): no target actor, no delay, no noise clip, no bounds. The policy's critic
-    is the one before this step's update. noise: standard normal (2, batch, act_dim) for next and policy action."""
+    is the one before this step's update; dropout acts in the policy loss alone. noise: standard normal (2, batch,
+    act_dim) for next and policy action."""
     observations, actions = batch["observations"], batch["actions"]
     noise = torch.randn(2, *actions.shape, device=actions.device) if noise is None else noise
     with torch.no_grad():
+        agent.actor.eval()
         next_actions = agent.actor.act(batch["next_observations"], noise[0])
+        agent.actor.train()
         next_q = agent.critic_target(batch["next_observations"], next_actions).amin(0)
         target = batch["rewards"] + settings.gamma * batch["masks"] * next_q
         if intrinsic_rewards is not None:
@@ -1323,9 +1348,11 @@ def wrap_update(args, update):
 # === shared block: evaluation ===
 def evaluate(env, act, episodes, seed, frames=None):
     """Episodes with act(obs) -> action. Returns a list of dicts: return, length, success (at any step), max_reward.
-    Start states depend on `seed` alone. frames: a list that receives the rendered pictures, or None."""
-    results = []
+    Start states, and the CPU's random numbers that act may draw, depend on `seed` and the episode alone; the training's
+    random numbers are untouched. frames: a list that receives the rendered pictures, or None."""
+    results, training_rng = [], torch.get_rng_state()
     for i in range(episodes):
+        torch.default_generator.manual_seed(derive_seed(seed, "evaluation", i))
         obs, _ = env.reset(seed=derive_seed(seed, "evaluation", i))
         episode, done = {"return": 0.0, "length": 0, "success": False, "max_reward": -float("inf")}, False
         while not done:
@@ -1338,6 +1365,7 @@ def evaluate(env, act, episodes, seed, frames=None):
             episode["success"] = episode["success"] or info["success"]
             episode["max_reward"] = max(episode["max_reward"], reward)
         results.append(episode)
+    torch.set_rng_state(training_rng)
     return results
 
 
@@ -1675,9 +1703,10 @@ def report(s):
 
 
 # === policy files ===
-def make_agent(variant, obs_dim, act_dim, hidden_dims, learning_rate, device, exploration_noise=0.0):
+def make_agent(variant, obs_dim, act_dim, hidden_dims, learning_rate, device, exploration_noise=0.0, **options):
+    """options: dropout and log_std_min of the official variant."""
     if variant == "official":
-        return Agent(obs_dim, act_dim, hidden_dims, learning_rate, device, squash=True)
+        return Agent(obs_dim, act_dim, hidden_dims, learning_rate, device, squash=True, **options)
     return TD3Agent(obs_dim, act_dim, hidden_dims, learning_rate, device, exploration_noise)
 
 
@@ -1707,7 +1736,7 @@ def open_session(args):
     load_offline(s, args.online_steps)
     s.progress |= dict(phase="online", scores={})
     s.explorer = make_agent(args.variant, s.obs_dim, s.act_dim, args.hidden_dims, args.learning_rate, s.device,
-                            args.exploration_noise)
+                            args.exploration_noise, dropout=args.dropout, log_std_min=args.log_std_min)
     s.rnd = make_rnd(args, s.obs_dim, s.device) if args.intrinsic_reward_scale else None
     s.learners = {"explorer": s.explorer, **({"rnd": s.rnd} if s.rnd else {})}
     s.explore_update = make_update(s)

@@ -5,6 +5,10 @@ imported the packages (never the script): the child executes the copied file as 
 directory, output files, exit status and signals. `fresh=True` starts a new interpreter instead.
 """
 
+import builtins
+import errno
+import functools
+import io
 import multiprocessing
 import os
 import resource
@@ -36,11 +40,12 @@ class Box:
         shutil.copy(ROOT / script, self.work)
         self.started = []
 
-    def start(self, *args, fresh=False, env=None, file_limit=None, signal_at=None):
+    def start(self, *args, fresh=False, env=None, file_limit=None, signal_at=None, limit_of=None):
         """Start `python SCRIPT ARGS` and return a Child. file_limit: largest size of a file that it may write, in
         bytes. signal_at: (signal, audit event, end of a path, n): it is sent the signal just before it does that for
-        the nth time; a SIGKILL at a moment that can be repeated."""
-        child = Child(self, [str(arg) for arg in args], fresh, env or {}, file_limit, signal_at)
+        the nth time; a SIGKILL at a moment that can be repeated. limit_of: (end of a path, size): the disk is full when
+        that file has this many bytes, of which the last write takes what fits, as a file system does."""
+        child = Child(self, [str(arg) for arg in args], fresh, env or {}, file_limit, signal_at, limit_of)
         self.started.append(child)
         return child
 
@@ -59,7 +64,7 @@ class Box:
 
 
 class Child:
-    def __init__(self, box, args, fresh, env, file_limit, signal_at):
+    def __init__(self, box, args, fresh, env, file_limit, signal_at, limit_of):
         number = len(box.started)
         self.paths = [box.logs / f"{number}.{name}" for name in ("out", "err")]
         self.fresh, self.code = fresh, None
@@ -73,7 +78,7 @@ class Child:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(PACKAGES)
             env = {**{k: v for k, v in os.environ.items() if k.startswith("MINARI")}, **env}
-            work = (box.work, box.script, args, self.paths, env, file_limit, signal_at)
+            work = (box.work, box.script, args, self.paths, env, file_limit, signal_at, limit_of)
             self.process = context.Process(target=run_as_main, args=work)
             self.process.start()
         self.pid = self.process.pid
@@ -104,7 +109,7 @@ class Child:
         return self.paths[1].read_text()
 
 
-def run_as_main(folder, script, args, paths, env, file_limit, signal_at):
+def run_as_main(folder, script, args, paths, env, file_limit, signal_at, limit_of):
     """In the forked child: what `cd FOLDER && python SCRIPT ARGS >OUT 2>ERR` does."""
     for path, descriptor in zip(paths, (1, 2), strict=True):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -120,7 +125,25 @@ def run_as_main(folder, script, args, paths, env, file_limit, signal_at):
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     if signal_at is not None:
         sys.addaudithook(Signaller(*signal_at))
+    if limit_of is not None:
+        builtins.open = io.open = functools.partial(limited_open, builtins.open, *limit_of)
     runpy.run_path(script, run_name="__main__")
+
+
+class LimitedFile(io.FileIO):
+    def write(self, data):
+        room = self.limit - os.fstat(self.fileno()).st_size
+        if room <= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.name)
+        return super().write(data[:room])
+
+
+def limited_open(plain, end, limit, path, mode="r", *args, **options):
+    if not (mode == "ab" and os.fspath(path).endswith(end)):
+        return plain(path, mode, *args, **options)
+    file = LimitedFile(path, "ab")
+    file.limit = limit
+    return file
 
 
 class Signaller:

@@ -98,23 +98,6 @@ def test_q_of_a_proposal_is_the_smaller_critic():
         close(q[number], np.minimum(*q_values(agent.critic, observations, actions[number])))
 
 
-@pytest.mark.parametrize(("epsilon", "want"), [(0.0, 0.0), (0.1, 0.05), (1.0, 0.5)])
-@pytest.mark.parametrize("better", ["offline", "learnt"])
-def test_evaluation_is_epsilon_greedy(monkeypatch, epsilon, want, better):
-    """The worse action is played in epsilon / 2 of the steps, and no random number of the training is used."""
-    agent, _ = make_agent(epsilon=epsilon)
-    set_q(agent, monkeypatch, *((1.0, 0.999) if better == "offline" else (0.999, 1.0)))
-    obs = np.ones(OBS, np.float32)
-    means = [np.tanh(forward(*linears(actor.net), obs[None]))[0] for actor in (agent.offline_actor, agent.actor)]
-    assert np.abs(means[0] - means[1]).max() > 0.1
-    state = torch.get_rng_state()
-    played = np.array([agent.act(obs, sample=False) for _ in range(1000)])
-    assert torch.equal(torch.get_rng_state(), state)
-    worse = np.abs(played - means[int(better == "offline")]).max(1) < 1e-5
-    assert np.logical_or(worse, np.abs(played - means[int(better == "learnt")]).max(1) < 1e-5).all()
-    assert worse.mean() == pytest.approx(want, abs=5 * math.sqrt(want * (1 - want) / 1000) + 1e-9)
-
-
 def test_default_coefficients():
     args = pex.parse_args(["--env-id", PEN])
     assert (args.inv_temperature, args.epsilon, args.learning_starts, args.offline_ratio) == (10.0, 0.1, 5000, 0.5)

@@ -8,9 +8,15 @@ test kills from outside.
 import hashlib
 import json
 import os
+import shlex
+import shutil
 import signal
+import stat
+import subprocess
+import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from runner import SMALL
@@ -18,8 +24,7 @@ from runner import SMALL
 import iql_ooo as ooo
 
 PEN = "pen-binary-v0"
-# Episodes have 100 steps, so t = 70 is retrained for at step 100, in the middle of the online phase, with losses of 2
-# steps not yet logged. Checkpoints: pretraining 5, 10, 15; online 100; retraining 5, 10, end; online 110; and so on.
+# Episodes have 100 steps. Checkpoints: pretraining 5, 10, 15; online 100, 110; each retraining 5, 10, end.
 RUN = ["--env-id", PEN, *SMALL, *"""--offline-steps 15 --online-steps 110 --retrain-at 70 110 --retrain-steps 12
 --log-every 7 --checkpoint-every 5""".split()]
 FINISHED = {"metrics.jsonl", "evals.jsonl", "exploitation_70.pt", "exploitation_110.pt", "exploration_110.pt"}
@@ -45,10 +50,10 @@ def outcome(run):
     found = {name: (run / name).read_bytes() for name in ("metrics.jsonl", "evals.jsonl", "results.json")}
     for path in sorted(run.glob("*_*.pt")):
         found[path.name] = digest(torch.load(path, weights_only=True))
-    for path in sorted((run / "replay").glob("*")):
-        found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    # The last checkpoint: all weights, moments, counters and random states, the exploration agent's included.
-    found["checkpoint.pt"] = digest(torch.load(run / "checkpoint.pt", weights_only=True))
+    found["replay.bin"] = hashlib.sha256((run / "replay.bin").read_bytes()).hexdigest()
+    # The last checkpoint: all weights, moments and counters, the exploration agent's included.
+    saved = torch.load(run / "checkpoint.pt", weights_only=True)
+    found["checkpoint.pt"] = digest({name: saved[name] for name in ("progress", "models")})
     return found
 
 
@@ -106,11 +111,11 @@ MOMENTS = {
     "before the config": (RENAME, "config.json", 1),
     "pretraining, before the first checkpoint": (RENAME, CHECKPOINT, 1),
     "pretraining, after a checkpoint": (RENAME, CHECKPOINT, 3),
+    "pretraining, between the policy and its checkpoint": (RENAME, "/pretrained.pt", 1),
     "online, between the snapshots of policy and RND": (RENAME, "/rnd_70.pt", 1),
-    "online, between a chunk of data and its checkpoint": (RENAME, CHECKPOINT, 4),
-    "retraining, after a checkpoint": (RENAME, CHECKPOINT, 6),
-    "retraining, between the policy and its checkpoint": (RENAME, CHECKPOINT, 7),
-    "online again, after a retraining": (RENAME, "/rnd_110.pt", 1),
+    "online, between the data and their checkpoint": (RENAME, CHECKPOINT, 4),
+    "retraining, after a checkpoint": (RENAME, CHECKPOINT, 8),
+    "retraining, between the policy and its checkpoint": (RENAME, "/exploitation_70.pt", 1),
     "second retraining, after its checkpoints": (RENAME, "/exploitation_110.pt", 1),
     "before the table": (RENAME, "/results.json", 1),
 }
@@ -126,7 +131,7 @@ def test_killed(whole, box, moment):
 def test_killed_again_and_again(whole, box):
     """Also while it resumes; and each time `--resume` takes it from where it is."""
     moments = [(RENAME, CHECKPOINT, 2), (RENAME, "config.json", 1), (OPEN, "/evals.jsonl", 1), (RENAME, CHECKPOINT, 2),
-               (RENAME, CHECKPOINT, 3), (OPEN, "000000000-000000100.npz", 1), (RENAME, CHECKPOINT, 2)]
+               (RENAME, CHECKPOINT, 3), (OPEN, "/replay.bin", 2), (RENAME, CHECKPOINT, 2)]
     for moment in moments:
         assert box.run(*RUN, "--resume", signal_at=(signal.SIGKILL, *moment)).code == -signal.SIGKILL
     check_equal(finish(box), whole)
@@ -138,7 +143,7 @@ def test_killed_from_outside(whole, box):
     for wanted in (
         lambda p: p["grad_step"] >= 5,
         lambda p: p["env_step"] >= 100,
-        lambda p: p["retrain_step"] >= 5 or p["retrained"],
+        lambda p: p["retrain_step"] >= 5 or "exploitation 70" in p["scores"],
     ):
         child = box.start(*RUN, "--resume", fresh=True)
         end = time.monotonic() + 240
@@ -156,7 +161,7 @@ def test_ablations_resume_too(tiny, box):
     words = ["--sync", "--warm-start", "--retrain-frozen-rnd", "--retrain-upsample", 4, "--upsample-reward", 0]
     assert box.run(*RUN, *words).code == 0
     whole = outcome(directory(box))
-    moments = [(RENAME, CHECKPOINT, 6), (RENAME, "/rnd_110.pt", 1), (RENAME, "/exploitation_110.pt", 1)]
+    moments = [(RENAME, CHECKPOINT, 5), (RENAME, "/rnd_110.pt", 1), (RENAME, "/exploitation_110.pt", 1)]
     for moment in moments:
         child = box.run(*RUN, *words, "--exp-name", "killed", "--resume", signal_at=(signal.SIGKILL, *moment))
         assert child.code == -signal.SIGKILL
@@ -169,7 +174,7 @@ def test_exploit_only_resumes_too(whole, module_box):
     moment = (signal.SIGKILL, RENAME, "/exploitation_110.pt", 1)
     killed = module_box.run(*words, "--exp-name", "killed", signal_at=moment)
     assert killed.code == -signal.SIGKILL
-    assert progress(directory(module_box, "killed"))["retrained"] == [70]
+    assert "exploitation 70" in progress(directory(module_box, "killed"))["scores"]
     child = module_box.run(*words, "--exp-name", "killed", "--resume")
     assert child.code == 0, child.err
     check_equal(outcome(directory(module_box, "killed")), outcome(directory(module_box, "once")))
@@ -178,26 +183,134 @@ def test_exploit_only_resumes_too(whole, module_box):
 # === other interruptions ===
 
 
-def test_interrupt_from_the_keyboard(whole, box):
-    child = box.run(*RUN, signal_at=(signal.SIGINT, RENAME, CHECKPOINT, 3))
-    assert child.code == 130
-    assert child.err.splitlines()[-1].startswith("error: interrupted") and "Traceback" not in child.err
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("moment", [(RENAME, CHECKPOINT, 1), (RENAME, "/rnd_70.pt", 1), (RENAME, CHECKPOINT, 6)],
+                         ids=["pretraining", "online", "retraining"])
+def test_a_signal_ends_at_the_next_checkpoint(whole, box, name, moment):
+    """However far away the next one that --checkpoint-every asks for is; one line says so."""
+    number = getattr(signal, name)
+    child = box.run(*RUN, signal_at=(number, *moment))
+    assert child.code == 128 + number
+    lines = [line for line in child.err.splitlines() if line.strip() and "it/s" not in line]
+    assert len(lines) == 1 and lines[0].startswith(f"stopped by {name}") and "--resume" in lines[0], child.err
+    assert progress(directory(box)) is not None
     check_equal(finish(box), whole)
+
+
+def test_a_signal_makes_a_checkpoint(whole, box):
+    child = box.run(*RUN, "--checkpoint-every", 10**6, signal_at=(signal.SIGTERM, RENAME, "config.json", 1))
+    assert child.code == 128 + signal.SIGTERM or child.code == -signal.SIGTERM  # before or after the handler is there
+    child = box.run(*RUN, "--checkpoint-every", 10**6, "--resume", signal_at=(signal.SIGTERM, RENAME, "/rnd_70.pt", 1))
+    assert child.code == 128 + signal.SIGTERM and progress(directory(box))["env_step"] == 100
+    check_equal(finish(box), whole)
+
+
+def test_an_ignored_signal_stays_ignored(tiny, box):
+    """As under nohup, or in the background of a shell script."""
+    tiny(PEN)
+    code = "import signal, runpy, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); sys.argv[0] = 'iql_ooo.py'; "
+    code += "from importlib import import_module as load; ooo = load('iql_ooo'); ooo.main(ooo.parse_args()); "
+    code += "assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN"
+    command = [sys.executable, "-c", code, *map(str, [*RUN, "--online-steps", 1, "--retrain-at"])]
+    result = subprocess.run(command, cwd=box.work, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_interrupted_before_anything_is_written(tiny, box):
+    """Ctrl-C while the data are read: one line, 130, nothing left."""
+    tiny(PEN)
+    for words in (RUN, [*RUN, "--resume"]):
+        child = box.run(*words, signal_at=(signal.SIGINT, OPEN, "main_data.hdf5", 1))
+        if child.code == 0:  # h5py opens the file without an audit event
+            child = box.run(*words, signal_at=(signal.SIGINT, OPEN, "metadata.json", 1))
+        assert child.code == 130 and child.err == "error: interrupted; nothing was written\n"
+        assert box.files() == []
+
+
+def test_resume_says_what_it_does(whole, box):
+    child = box.run(*RUN, "--resume", signal_at=(signal.SIGKILL, RENAME, CHECKPOINT, 2))
+    assert "nothing to continue, starting anew" in child.out
+    child = box.run(*RUN, "--resume")
+    assert "continued at" in child.out and "'grad_step': 5" in child.out
+    config = json.loads((directory(box) / "config.json").read_text())
+    (start,) = config["resumed"]
+    assert start.keys() == {"time", "command", "commit", "versions", "hardware"} and "--resume" in start["command"]
+
+
+def test_resume_says_what_differs(whole, box):
+    box.run(*RUN, signal_at=(signal.SIGKILL, RENAME, CHECKPOINT, 2))
+    path = directory(box) / "config.json"
+    config = json.loads(path.read_text())
+    config["versions"]["torch"] = "1.0"
+    path.write_text(json.dumps(config))
+    child = box.run(*RUN, "--resume")
+    assert child.code == 0 and "resumed with other versions" in child.out and "1.0" in child.out
 
 
 def test_resuming_a_finished_run_shows_its_table(whole, module_box):
     run = directory(module_box)
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    first = module_box.started[0].out
+    names = ("metrics.jsonl", "evals.jsonl", "timing.jsonl", "replay.bin", "checkpoint.pt", "results.json")
+    before = {name: (run / name).read_bytes() for name in names}
+    table = module_box.started[0].out[-300:]
     child = module_box.run(*RUN, "--resume")
-    assert child.code == 0
-    assert child.out == first and "exploitation" in first
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert child.code == 0 and child.out.endswith(table) and "exploitation" in table
+    assert {name: (run / name).read_bytes() for name in names} == before
+
+
+@pytest.mark.parametrize("words", [["--log-every", "4"], ["--checkpoint-every", "7"], ["--torch-threads", "2"],
+                                   ["--device", "cpu"]], ids=" ".join)
+def test_what_bears_on_no_number_may_change(whole, box, words):
+    box.run(*RUN, signal_at=(signal.SIGKILL, RENAME, CHECKPOINT, 2))
+    found = finish(box, *words)
+    for name in ("evals.jsonl", "results.json", "replay.bin", "exploitation_110.pt"):
+        assert found[name] == whole[name], name
+
+
+def test_data_may_move(tiny, box):
+    """A data file of the same content under another name; not one of other content."""
+    rng = np.random.default_rng(0)
+    data = dict(observations=rng.normal(size=(60, 46)), actions=rng.uniform(-0.9, 0.9, (60, 26)),
+                rewards=rng.normal(size=60), terminals=np.zeros(60, bool), timeouts=np.arange(60) % 30 == 29)
+    np.savez(box.work / "one.npz", **data)
+    words = ["--env-id", "hammer-truncated-expert-v1", *RUN[2:], "--online-steps", 5, "--retrain-at"]
+    assert box.run(*words, "--dataset-path", "one.npz").code == 0
+    (box.work / "one.npz").rename(box.work / "two.npz")
+    child = box.run(*words, "--dataset-path", "two.npz", "--resume")
+    assert child.code == 0, child.err
+    np.savez(box.work / "two.npz", **{**data, "rewards": data["rewards"] + 1})
+    child = box.run(*words, "--dataset-path", "two.npz", "--resume")
+    assert child.code == 2 and "sha256" in child.err
+
+
+def test_two_processes_do_not_share_a_run(whole, box):
+    """The second ends with one line and changes nothing; when the first has died, the way is free."""
+    first = box.start(*RUN, signal_at=(signal.SIGSTOP, RENAME, CHECKPOINT, 2))
+    end = time.monotonic() + 120
+    while not progress(directory(box)):
+        assert first.poll() is None and time.monotonic() < end, first.err
+        time.sleep(0.02)
+    before = {path: path.read_bytes() for path in box.work.rglob("*") if path.is_file()}
+    second = box.run(*RUN, "--resume")
+    assert second.code == 2 and "another process" in second.err and second.err.count("\n") == 1
+    assert {path: path.read_bytes() for path in box.work.rglob("*") if path.is_file()} == before
+    first.stop()
+    check_equal(finish(box), whole)
+
+
+def test_a_new_run_at_an_old_path_is_a_new_run(tiny, box):
+    tiny(PEN)
+    short, ids = [*RUN, "--online-steps", 1, "--retrain-at"], []
+    for _ in range(2):
+        assert box.run(*short).code == 0
+        ids.append(json.loads((directory(box) / "config.json").read_text())["run_id"])
+        shutil.rmtree(directory(box))
+    assert ids[0] != ids[1]
 
 
 @pytest.mark.parametrize(
     "words",
-    [["--batch-size", "17"], ["--retrain-at", "60", "110"], ["--no-retrain-q-bounds"], ["--device", "cpu"], ["--sync"]],
+    [["--batch-size", "17"], ["--retrain-at", "60", "110"], ["--no-retrain-q-bounds"], ["--eval-every", "5"],
+     ["--sync"]],
     ids=" ".join,
 )
 def test_resuming_with_other_settings_is_refused(whole, module_box, words):
@@ -224,15 +337,16 @@ def test_resuming_with_other_data_is_refused(whole, module_box):
 # === full disk ===
 
 
-def check_stopped(child, run):
-    """Exit status 1, and after the progress bar one line that says what to do."""
+def check_stopped(child):
+    """Exit status 1, and after the progress bar one line that says what was wrong and how to go on."""
     assert child.code == 1
     assert "Traceback" not in child.err
     last = child.err.splitlines()[-1]
-    assert last.startswith("error: ") and "make room" in last and str(run.name) in last
+    assert last.startswith("error: ") and "--resume" in last, child.err
+    return last
 
 
-@pytest.mark.parametrize("checkpoints", [1, 3, 5], ids=["pretraining", "online", "retraining"])
+@pytest.mark.parametrize("checkpoints", [1, 4, 6], ids=["pretraining", "online", "retraining"])
 def test_full_disk(whole, box, checkpoints):
     """Real writes fail, for the operating system allows no larger file. The checkpoint before stays and is used."""
     run = directory(box)
@@ -241,21 +355,21 @@ def test_full_disk(whole, box, checkpoints):
     for path in run.rglob(".*.tmp"):
         path.unlink()  # left by the SIGKILL
     child = box.run(*RUN, "--resume", file_limit=30_000)  # enough for the records, not for weights or data
-    check_stopped(child, run)
+    assert "File too large" in check_stopped(child)
     assert {path: path.read_bytes() for path in run.rglob("*.pt")} == kept
-    assert not list(run.rglob(".*"))
+    assert not list(run.rglob(".*.tmp"))
     check_equal(finish(box), whole)
 
 
-def test_full_disk_while_logging(whole, box):
+@pytest.mark.parametrize("name", ["metrics.jsonl", "evals.jsonl", "timing.jsonl", "replay.bin"])
+def test_a_record_is_whole_or_the_run_stops(whole, box, name):
+    """Wherever in a line the room ends, also where the operating system takes a part of it."""
     run = directory(box)
-    assert box.run(*RUN, signal_at=(signal.SIGKILL, RENAME, CHECKPOINT, 2)).code == -signal.SIGKILL
-    (run / "timing.jsonl").unlink()
-    (run / "timing.jsonl").symlink_to("/dev/full")
-    child = box.run(*RUN, "--resume")
-    check_stopped(child, run)
-    assert "No space left on device" in child.err
-    (run / "timing.jsonl").unlink()
+    assert box.run(*RUN, signal_at=(signal.SIGKILL, RENAME, CHECKPOINT, 4)).code == -signal.SIGKILL
+    saved = torch.load(run / "checkpoint.pt", weights_only=True)["sizes"]
+    for more in (1, 100):
+        child = box.run(*RUN, "--resume", limit_of=(f"/{name}", saved[name] + more))
+        assert "No space left" in check_stopped(child) and (run / name).stat().st_size == saved[name] + more
     check_equal(finish(box), whole)
 
 
@@ -263,10 +377,42 @@ def test_full_disk_at_the_start(tiny, box):
     """Not even the config fits: one line, and nothing that stands in the way of the next try."""
     tiny(PEN)
     child = box.run(*RUN, file_limit=1500)  # the config is larger, what goes to stdout is not
-    assert child.code in (1, 2)
+    assert child.code == 1
     assert child.err.startswith("error: ") and child.err.count("\n") == 1, child.err
-    again = box.run(*RUN, "--offline-steps", 1, "--online-steps", 1, "--retrain-at", "--resume")
+    assert box.files() == []
+    again = box.run(*RUN, "--offline-steps", 1, "--online-steps", 1, "--retrain-at")
     assert again.code == 0, again.err
+
+
+@pytest.mark.parametrize("where", ["stdout closed", "stderr closed", "stdout full", "reader gone", "both closed"])
+def test_output_streams_that_go_away(whole, box, where):
+    """A run does not end with the terminal, tee or head that showed its progress."""
+    shell = {"stdout closed": ">&- 2>err", "stderr closed": "2>&- >out", "stdout full": ">/dev/full 2>err",
+             "reader gone": "2>&1 | head -1 >out; exit ${PIPESTATUS[0]}", "both closed": ">&- 2>&-"}[where]
+    command = shlex.join([sys.executable, "iql_ooo.py", *map(str, RUN)])
+    result = subprocess.run(["bash", "-c", f"{command} {shell}"], cwd=box.work, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    check_equal(outcome(directory(box)), whole)
+
+
+def test_progress_in_a_log_file_is_lines(whole, module_box):
+    """No carriage returns, and a line at the start and the end of each phase of these short ones."""
+    text = module_box.started[0].err
+    assert "\r" not in text and sum("it/s" in line for line in text.splitlines()) <= 2 * 4
+
+
+def test_a_folder_that_cannot_be_synced(tmp_path, monkeypatch):
+    """Some file systems answer EINVAL to an fsync of a directory."""
+    sync = os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(22, "Invalid argument")
+        sync(descriptor)
+
+    monkeypatch.setattr(ooo.os, "fsync", fsync)
+    ooo.atomic_write(tmp_path / "file", b"content")
+    assert (tmp_path / "file").read_bytes() == b"content"
 
 
 @pytest.mark.parametrize("moment", ["fsync", "replace"])

@@ -429,7 +429,7 @@ def test_all_phases(env_id, tiny, session, capsys):
 
 
 def test_plain_rlpd_and_what_the_retraining_samples(session, monkeypatch, capsys):
-    """Without RND; with successes (the goal lies at the start): 32 of 288 rows are high, the bounds are [0, 100]."""
+    """Without RND; with successes (the goal lies at the start): 32 of 288 rows are high; no bounds, or [0, 100]."""
     drawn, made, sample, make = [], [], ooo.ReplayBuffer.sample, ooo.make_update
 
     def watch(buffer, size, first, high, extra):
@@ -448,13 +448,13 @@ def test_plain_rlpd_and_what_the_retraining_samples(session, monkeypatch, capsys
     assert rows[0]["exploration"]["eval/success_rate"] == 1 and drawn == [(288, 30, 32)] * 2
     explore, retrain = made
     assert explore.intrinsic_reward_scale == retrain.intrinsic_reward_scale == 0 and explore.q_max == math.inf
-    assert (retrain.q_min, retrain.q_max) == (0, pytest.approx(100, rel=1e-4)) and retrain.target_entropy == -3
+    assert (retrain.q_min, retrain.q_max) == (-math.inf, math.inf) and retrain.target_entropy == -3
     run = session.folder / f"{CHEETAH}__rlpd_ooo__1"
     assert not list(run.glob("rnd_*")) and not any("losses/rnd" in r for r in metrics(run))
     drawn.clear(), made.clear()
-    session("--exploit-only", run, "--exp-name", "other", "--retrain-upsample", 0, "--no-retrain-q-bounds",
+    session("--exploit-only", run, "--exp-name", "other", "--retrain-upsample", 0, "--retrain-q-bounds",
             "--retrain-critics", 3, "--retrain-layer-norm")
-    assert drawn == [(256, 30, 0)] * 2 and made[0].q_min == -math.inf
+    assert drawn == [(256, 30, 0)] * 2 and (made[0].q_min, made[0].q_max) == (0, pytest.approx(100, rel=1e-4))
     other = agent_of(session.folder / f"{CHEETAH}__other__1" / "exploitation_30.pt")
     assert len(other["critic.weights.0"]) == 3 and "critic.scales.0" in other
     assert "no raw reward" not in capsys.readouterr().out
@@ -543,7 +543,7 @@ def test_settings_of_the_tasks():
     args = ooo.parse_args(["--env-id", ANT])
     assert args == replace(ooo.Args(), env_id=ANT)
     want = dict(online_steps=1_000_000, learning_starts=5_000, utd_ratio=20, batch_size=256, num_qs=10, num_min_qs=2,
-                intrinsic_reward_scale=10.0, retrain_steps=1_000_000, retrain_critics=2, retrain_q_bounds=True)
+                intrinsic_reward_scale=10.0, retrain_steps=1_000_000, retrain_critics=2, retrain_q_bounds=False)
     assert want.items() <= asdict(args).items()
     small = ooo.parse_args(["--env-id", CHEETAH, "--scale", "0.01", "--utd-ratio", "2"])
     assert (small.online_steps, small.learning_starts, small.retrain_at[0], small.utd_ratio) == (10_000, 50, 2_500, 2)

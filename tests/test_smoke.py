@@ -8,10 +8,10 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import types
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +37,9 @@ class Session:
             self.agents.append((agent, copy.deepcopy(agent.state_dict())))
 
         monkeypatch.setattr(ooo.Agent, "__init__", init)
-        for env_id, task in ooo.ENVIRONMENTS.items():
+        for env_id, task in ooo.TASKS.items():
             horizon = KITCHEN_HORIZON if task.family == "kitchen" else HORIZON
-            monkeypatch.setitem(ooo.ENVIRONMENTS, env_id, replace(task, horizon=horizon))
+            monkeypatch.setitem(ooo.TASKS, env_id, task._replace(horizon=horizon))
 
     def run(self, *words):
         """main(parse_args(words)); returns its result."""
@@ -69,6 +69,14 @@ def read_lines(path):
 def metrics(run, phase=None):
     records = read_lines(run / "metrics.jsonl")
     return [r for r in records if r["phase"] == phase] if phase else records
+
+
+def replay(run):
+    """replay.bin as its config.json describes it: {column: (n,) or (n, dim)}."""
+    columns = json.loads((run / "config.json").read_text())["replay_columns"]
+    rows = np.fromfile(run / "replay.bin", np.float32).reshape(-1, max(stop for _, stop in columns.values()))
+    return {name: rows[:, start:stop].squeeze(1) if stop == start + 1 else rows[:, start:stop]
+            for name, (start, stop) in columns.items()}
 
 
 def directory(env_id, name="iql_ooo"):
@@ -112,7 +120,7 @@ def check_metrics(run, rnd=True):
 @pytest.mark.parametrize("env_id", ooo.TASKS)
 def test_all_phases(env_id, tiny, session, capsys):
     tiny(env_id)
-    times, horizon = [40, 80], ooo.ENVIRONMENTS[env_id].horizon
+    times, horizon = [40, 80], ooo.TASKS[env_id].horizon
     rows = session.run("--env-id", env_id, *SMALL, "--offline-steps", 60, "--online-steps", 80, "--retrain-at", *times,
                        "--retrain-steps", 40)
     run = directory(env_id)
@@ -129,14 +137,14 @@ def test_all_phases(env_id, tiny, session, capsys):
     assert same(weights(run / f"exploration_{times[-1]}.pt"), explorer.state_dict())
 
     # The saved policy is the agent's, for any observation, also after a detour over numbers alone.
-    act, content = ooo.load_policy(run / f"exploitation_{times[-1]}.pt")
-    assert content["env_id"] == env_id
-    rng = np.random.default_rng(0)
+    path, last = run / f"exploitation_{times[-1]}.pt", exploiters[-1][0]
+    assert torch.load(path, weights_only=True)["env_id"] == env_id
+    agent, rng = ooo.load_policy(path), np.random.default_rng(0)
     for _ in range(5):
-        obs = rng.normal(size=content["obs_dim"]).astype(np.float32)
-        action = act(obs)
-        np.testing.assert_array_equal(action, exploiters[-1][0].act(obs, sample=False))
-        assert action.shape == (content["act_dim"],) and np.abs(action).max() <= 1
+        obs = rng.normal(size=last.options["obs_dim"]).astype(np.float32)
+        action = agent.act(obs)
+        np.testing.assert_array_equal(action, last.act(obs))
+        assert action.shape == (last.options["act_dim"],) and np.abs(action).max() <= 1
 
     # Scores: in the table, in results.json, in metrics.jsonl, and per episode in evals.jsonl.
     results = json.loads((run / "results.json").read_text())
@@ -146,19 +154,17 @@ def test_all_phases(env_id, tiny, session, capsys):
         for kind, phase in (("exploration", "online"), ("exploitation", "retrain")):
             (episodes,) = [e["episodes"] for e in evaluations if (e["phase"], e["env_step"]) == (phase, row["env_step"])
                            and e["grad_step"] > 0]
-            assert row[kind] == ooo.summarize(env_id, episodes)
+            assert row[kind]["eval/return"] == np.mean([episode["return"] for episode in episodes])
             assert all(0 < episode["length"] <= horizon for episode in episodes)
     assert f"{rows[-1]['exploitation']['eval/normalized_score']:.1f}" in capsys.readouterr().out
 
-    # Every online step is in the chunks, episode after episode, with the actions that were taken.
-    chunks = [np.load(path) for path in sorted((run / "replay").iterdir())]
-    assert sum(len(chunk["rewards"]) for chunk in chunks) == times[-1]
-    episodes = np.concatenate([chunk["episodes"] for chunk in chunks])
+    # Every online step is in replay.bin, episode after episode, with the actions that were taken.
+    online = replay(run)
+    assert len(online["rewards"]) == times[-1]
+    episodes = online["episodes"]
     assert (np.diff(episodes) >= 0).all() and len(set(episodes)) == math.ceil(times[-1] / horizon)
     inner = np.flatnonzero(np.diff(episodes) == 0)
-    observations = np.concatenate([chunk["observations"] for chunk in chunks])
-    following = np.concatenate([chunk["next_observations"] for chunk in chunks])
-    np.testing.assert_array_equal(following[inner], observations[inner + 1])
+    np.testing.assert_array_equal(online["next_observations"][inner], online["observations"][inner + 1])
     lengths = [r["charts/episodic_length"] for r in metrics(run, "online") if "charts/episodic_length" in r]
     assert sum(lengths) == times[-1] and lengths[0] == horizon
 
@@ -171,7 +177,8 @@ def test_config_says_what_was_run(tiny, session):
     assert config["args"].keys() == asdict_keys()
     assert {"torch", "mujoco", "gymnasium-robotics", "minari", "python"} <= config["versions"].keys()
     assert config["dataset"]["transitions"] == 150 and len(config["dataset"]["sha256"]) == 64
-    assert {"cpu", "cores", "threads", "matmul_precision"} <= config["hardware"].keys()
+    assert {"cpu", "cores", "threads", "gpu"} <= config["hardware"].keys()
+    assert config["args"]["compile"] == "off" and config["resumed"] == [] and len(config["run_id"]) == 16
 
 
 def asdict_keys():
@@ -185,62 +192,68 @@ def test_what_each_phase_learns_from(tiny, session):
     """Exploration has the bonus and its own bounds; exploitation has none and the bounds of its rewards."""
     tiny(PEN)
     calls = []
-    session.spy("make_update", lambda args, buffer, agent, settings, *rest, **options: calls.append((settings, rest)))
+    session.spy("iql_update", lambda agent, batch, bonus, **options: calls.append((bonus, options, batch["rewards"])))
     session.run("--env-id", PEN, *SMALL, "--reward-bias", -2, "--reward-scale", 3, "--gamma", 0.9,
                 "--retrain-expectile", 0.6, "--retrain-steps", 2, "--retrain-at", 20, 40, "--online-steps", 40)
-    (explore, explore_rest), *exploit = calls
-    assert isinstance(explore_rest[0], ooo.RND) and explore.intrinsic_reward_scale == 0.5
-    assert (explore.expectile, explore.q_min, explore.q_max) == (0.8, pytest.approx(-10), pytest.approx(50))
-    assert len(exploit) == 2
-    for settings, rest in exploit:
-        assert rest[0] is None and settings.expectile == 0.6
+    explore, exploit = calls[: 30 + 40], calls[30 + 40 :]
+    assert len(exploit) == 2 * 2
+    for bonus, options, rewards in explore:
+        assert bonus.shape == (16,) and (bonus > 0).all() and set(rewards.tolist()) <= {-9.0, -6.0}
+        assert (options["expectile"], options["q_min"]) == (0.8, pytest.approx(-10))
+        assert options["q_max"] == pytest.approx(50)
+    for bonus, options, rewards in exploit:
+        assert bonus == 0 and options["expectile"] == 0.6 and set(rewards.tolist()) <= {-9.0, -6.0}
         # Raw rewards are -1 and 0: (r - 2) 3 / (1 - 0.9)
-        assert (settings.q_min, settings.q_max) == (pytest.approx(-90, rel=1e-5), pytest.approx(-60, rel=1e-5))
+        assert (options["q_min"], options["q_max"]) == (pytest.approx(-90, rel=1e-5), pytest.approx(-60, rel=1e-5))
+
+
+def test_the_retraining_has_a_reward_scale_of_its_own(tiny, session):
+    tiny(PEN)
+    calls = []
+    session.spy("iql_update", lambda agent, batch, bonus, **options: calls.append((options, batch["rewards"])))
+    session.run("--env-id", PEN, *SMALL, "--retrain-reward-scale", 0.01, "--retrain-steps", 2, "--online-steps", 20,
+                "--retrain-at", 20)
+    assert all(set(rewards.tolist()) <= {-1.0, 0.0} for _, rewards in calls[:50])
+    for options, rewards in calls[50:]:
+        assert rewards.numpy().max() <= 0 and rewards.numpy().min() == pytest.approx(-0.01)
+        assert options["q_min"] == pytest.approx(-1) and options["q_max"] == 0
 
 
 def test_bounds_of_the_exploitation_phase_are_an_option(tiny, session):
     tiny(PEN)
     calls = []
-    session.spy("make_update", lambda args, buffer, agent, settings, *rest, **options: calls.append(settings))
+    session.spy("iql_update", lambda *args, **options: calls.append((options["q_min"], options["q_max"])))
     session.run("--env-id", PEN, *SMALL, "--no-retrain-q-bounds", "--retrain-steps", 2, "--online-steps", 20,
                 "--retrain-at", 20)
-    assert all((s.q_min, s.q_max) == (-math.inf, math.inf) for s in calls[1:]) and calls[0].q_max < math.inf
+    assert calls[-2:] == [(-math.inf, math.inf)] * 2 and calls[0][1] < math.inf
 
 
 def test_retraining_sees_the_data_up_to_t(tiny, session, monkeypatch):
-    """D_off + D_on[:t], exactly, though it runs when the episode under way has ended."""
+    """D_off + D_on[:t], exactly, though it runs when the online phase is over."""
     tiny(PEN)
-    rows = []
-    make = ooo.make_update
+    drawn, offline = [], 150
+    sample = ooo.ReplayBuffer.sample
 
-    def make_update(args, buffer, agent, settings, *rest, **options):
-        update, number = make(args, buffer, agent, settings, *rest, **options), len(session.agents)
+    def watch(buffer, batch_size, first=None, *rest):
+        rows = sample(buffer, batch_size, first, *rest)
+        index = {bytes(value.numpy().tobytes()): i for i, value in enumerate(buffer.data[: buffer.size])}
+        drawn.append((len(session.agents), buffer.size, [index[bytes(value.numpy().tobytes())] for value in rows]))
+        return rows
 
-        def watch(batch):
-            rows.append((number, buffer.size, batch.clone(), buffer))
-            return update(batch)
-
-        return watch
-
-    monkeypatch.setattr(ooo, "make_update", make_update)
+    monkeypatch.setattr(ooo.ReplayBuffer, "sample", watch)
     session.run("--env-id", PEN, *SMALL, "--online-steps", 75, "--retrain-at", 40, 75, "--retrain-steps", 45)
-    buffer = rows[0][3]
-    row = {bytes(value.numpy().tobytes()): i for i, value in enumerate(buffer.data)}
-    drawn = [[row[bytes(value.numpy().tobytes())] for n, _, batch, _ in rows if n == number for value in batch]
-             for number in (2, 3)]
-    sizes = [{size for n, size, *_ in rows if n == number} for number in (2, 3)]
-    assert sizes == [{150 + 60}, {150 + 75}]  # t = 40 lies in the second episode, which ends at 60
-    assert 180 < max(drawn[0]) < 190 and min(drawn[0]) < 10
-    assert 215 < max(drawn[1]) < 225
+    largest = {n: max(i for agent, _, rows in drawn if agent == n for i in rows) for n in (2, 3)}
+    assert offline + 30 < largest[2] < offline + 40 and offline + 65 < largest[3] < offline + 75
+    assert all(size == offline + 75 for agent, size, _ in drawn if agent > 1)
     # Pretraining draws offline rows only, the online phase what there is by then.
-    for (number, size, batch, _), step in zip(rows, range(30), strict=False):
-        assert (number, size) == (1, 150) and max(row[bytes(v.numpy().tobytes())] for v in batch) < 150, step
+    for step, (_, size, rows) in enumerate(drawn[: 30 + 75]):
+        assert size == offline + max(0, step - 29) and max(rows) < size
 
 
 def test_pretraining_can_be_left_out(tiny, session):
     tiny(PEN)
     session.run("--env-id", PEN, *SMALL, "--offline-steps", 0, "--online-steps", 30, "--retrain-at", 30)
-    assert [r["grad_step"] for r in metrics(directory(PEN), "pretrain")] == [0]
+    assert not metrics(directory(PEN), "pretrain") and metrics(directory(PEN), "retrain")
 
 
 def test_exploitation_can_be_left_out(tiny, session, capsys):
@@ -289,7 +302,7 @@ def test_retraining_leaves_no_trace_in_the_online_phase(session, source):
 
 
 def test_exploit_only_for_another_t(session, source):
-    """Any t of the stored data, also one in the middle and one that the run did not stop for."""
+    """Any t of the stored data, also one in the middle and one at which the run was not evaluated."""
     run, (row,) = exploit(session, source, "--retrain-at", 60)
     assert row["env_step"] == 60 and row["exploration"] is None and row["exploitation"]["eval/episodes"] == 1
     run, (row,) = exploit(session, source, "--retrain-at", 45, "--exp-name", "inner")
@@ -299,19 +312,22 @@ def test_exploit_only_for_another_t(session, source):
 def test_retraining_records_say_for_which_t(source):
     """With several t, a loss record must be told from that of another t."""
     steps = [(r["env_step"], r["grad_step"]) for r in metrics(source, "retrain") if "losses/value" in r]
-    assert steps == [(45, 20), (90, 20)]
+    assert steps == [(45, 20), (45, 30), (90, 20), (90, 30)]
 
 
 def test_frozen_rnd(session, source):
-    seen, before = [], []
-    session.spy("make_update", lambda args, buffer, agent, settings, rnd, **rest: seen.append((rnd, rest, settings)))
-    session.spy("retrain", lambda s, t, outer_rng: before.append(t))
+    """The RND as it stood at t, not updated; its scaled reward is added, and nothing is clipped."""
+    seen, bonuses = [], []
+    session.spy("make_update", lambda args, buffer, agent, bounds, rnd, **rest: seen.append((bounds, rnd, rest)))
+    session.spy("iql_update", lambda agent, batch, bonus, **options: bonuses.append((batch, bonus, options)))
     run, _ = exploit(session, source, "--retrain-frozen-rnd")
-    for (rnd, options, settings), t in zip(seen, before, strict=True):
-        saved = torch.load(source / f"rnd_{t}.pt", weights_only=True)["rnd"]
-        assert same(rnd.state_dict(), saved)  # as it stood at t, and not updated
-        assert options == {"frozen_rnd": True} and settings.intrinsic_reward_scale == 0.5
-    assert not same(seen[0][0].state_dict(), seen[1][0].state_dict())
+    for (bounds, rnd, options), t in zip(seen, (45, 90), strict=True):
+        assert same(rnd.state_dict(), torch.load(source / f"rnd_{t}.pt", weights_only=True)["rnd"])
+        assert options == {"exploitation": True} and bounds is None
+    assert not same(seen[0][1].state_dict(), seen[1][1].state_dict())
+    batch, bonus, options = bonuses[-1]
+    assert torch.equal(bonus, 0.5 * seen[1][1].intrinsic_rewards(batch["next_observations"]))
+    assert options["q_max"] == math.inf
     assert not same(weights(run / "exploitation_45.pt"), weights(source / "exploitation_45.pt"))
     assert not any("rnd" in name for record in metrics(run) for name in record)
 
@@ -320,11 +336,11 @@ def test_td3(session, source):
     run, _ = exploit(session, source, "--retrain-algorithm", "td3", "--retrain-at", 45)
     losses = [r for r in metrics(run) if "losses/critic" in r]
     assert losses and all(math.isfinite(r["losses/q_mean"]) and "losses/value" not in r for r in losses)
-    act, content = ooo.load_policy(run / "exploitation_45.pt")
-    assert content["squash"] is True
+    saved = ooo.load_policy(run / "exploitation_45.pt")
+    assert saved.options["squash"] is True
     agent, first = session.agents[0]
     obs = np.ones(45, np.float32)
-    np.testing.assert_array_equal(act(obs), agent.act(obs, sample=False))
+    np.testing.assert_array_equal(saved.act(obs), agent.act(obs))
     moved = {name for name, value in agent.state_dict().items() if not torch.equal(value, first[name])}
     assert {name.split(".")[0] for name in moved} == {"actor", "critic", "critic_target"}
 
@@ -332,18 +348,14 @@ def test_td3(session, source):
 def test_upsampling(session, source, monkeypatch):
     """Of each batch, as many rows as asked for come from the high rewards; the rest from all data."""
     batches = []
-    make = ooo.make_update
+    sample = ooo.ReplayBuffer.sample
 
-    def make_update(*args, **options):
-        update = make(*args, **options)
+    def watch(buffer, *args):
+        rows = sample(buffer, *args)
+        batches.append(buffer.split(rows)["rewards"].clone())
+        return rows
 
-        def watch(rows):
-            batches.append(args[1].split(rows)["rewards"].clone())
-            return update(rows)
-
-        return watch
-
-    monkeypatch.setattr(ooo, "make_update", make_update)
+    monkeypatch.setattr(ooo.ReplayBuffer, "sample", watch)
     options = ["--retrain-at", 45, "--retrain-upsample", 6, "--upsample-reward", 0]
     run, _ = exploit(session, source, *options)
     assert all(len(batch) == 16 and (batch[-6:] == 0).all() for batch in batches)
@@ -365,11 +377,11 @@ def first_evaluations(session):
     """Weights of each agent at its evaluation before its first retraining step, in order."""
     starts = []
 
-    def before(s, phase, env_step, step, agent):
+    def before(run, env, agent, phase, env_step, step):
         if phase == "retrain" and step == 0:
             starts.append(copy.deepcopy(agent.state_dict()))
 
-    session.spy("log_evaluation", before)
+    session.spy("evaluate_and_log", before)
     return starts
 
 
@@ -383,22 +395,24 @@ def test_warm_start(session, source):
     assert not same(starts[3], starts[2]) and not same(starts[3], weights(run / "exploitation_45.pt"))
 
 
-@pytest.mark.parametrize("dropout", [0.1, 0.0], ids=["same layers", "exploitation without dropout"])
-def test_sync(tiny, session, dropout):
-    """Table 4's hammer has dropout in the exploitation phase only: the two agents' layers are numbered differently."""
+def test_sync(tiny, session):
+    """The retraining for t = 45 runs when the second episode ends; then the explorer is the exploitation agent."""
     tiny(PEN)
     after = []
-    session.spy("play_episode", lambda s: after.append((list(s.progress["retrained"]), copy.deepcopy(s.explorer))))
-    session.run("--env-id", PEN, *SMALL, "--sync", "--retrain-dropout", dropout, "--online-steps", 90,
+
+    def before(run, buffer, explorer, rnd, env, eval_env, until):
+        after.append((run.progress["env_step"], copy.deepcopy(explorer.state_dict()),
+                      {int(state["step"]) for o in explorer.optimizers for state in o.state.values()}))
+
+    session.spy("explore", before)
+    session.run("--env-id", PEN, *SMALL, "--sync", "--retrain-dropout", 0.0, "--online-steps", 90,
                 "--retrain-at", 45, 90)
     run = directory(PEN)
-    assert [retrained for retrained, _ in after] == [[], [], [45]]
-    exploitation = list(weights(run / "exploitation_45.pt").values())
-    assert all(map(torch.equal, after[2][1].state_dict().values(), exploitation))
-    assert not all(map(torch.equal, after[1][1].state_dict().values(), exploitation))
-    # The optimisers go on as the exploitation agent's too.
-    assert {int(o.step) for o in after[2][1].optimizers.values()} == {30}
-    assert not all(map(torch.equal, weights(run / "exploration_90.pt").values(), exploitation))
+    assert [step for step, *_ in after] == [0, 60, 90]
+    exploitation = weights(run / "exploitation_45.pt")
+    assert same(after[1][1], exploitation) and not same(after[0][1], exploitation)
+    assert after[1][2] == {30}  # the optimisers go on as the exploitation agent's too
+    assert not same(weights(run / "exploration_90.pt"), exploitation)
 
 
 def test_without_intrinsic_reward_there_is_no_rnd(tiny, session):
@@ -424,11 +438,11 @@ def test_intrinsic_reward_over_the_last_steps(tiny, session):
     """Figure 3: statistics of the bonus of the latest transitions as the RND stands, unscaled and scaled."""
     tiny(PEN)
     states = []
-    session.spy("snapshot", lambda s, t, save_policy: states.append((copy.deepcopy(s.rnd), s.buffer, s.offline_size)))
+    session.spy("recent_intrinsic_reward", lambda args, buffer, rnd: states.append((copy.deepcopy(rnd), buffer)))
     session.run("--env-id", PEN, *SMALL, "--online-steps", 60, "--retrain-at", 60, "--retrain-steps", 1,
                 "--intrinsic-reward-scale", 2)
-    rnd, buffer, offline = states[0]
-    following = buffer.split(buffer.data[offline : offline + 60])["next_observations"]
+    rnd, buffer = states[-1]
+    following = buffer.split(buffer.data[150:210])["next_observations"]
     rewards = rnd.intrinsic_rewards(following).double().numpy()
     record = [r for r in metrics(directory(PEN), "online") if "rnd/online_mean" in r][-1]
     assert record["env_step"] == 60
@@ -441,10 +455,7 @@ def test_kitchen_cumulative_reaches_the_data(tiny, session, capsys):
     tiny("kitchen-complete-v0")
     seen = []
 
-    def before(s, n):
-        seen.append(s.buffer.split(s.buffer.data[: s.offline_size])["rewards"].sum().item())
-
-    session.spy("high_reward_rows", before)
+    session.spy("pretrain", lambda run, buffer, *rest: seen.append(buffer.first(buffer.size)["rewards"].sum().item()))
     short = ["--offline-steps", 2, "--online-steps", 2, "--retrain-at", 2, "--retrain-steps", 2]
     for number, words in enumerate(([], ["--kitchen-cumulative"])):
         session.run("--env-id", "kitchen-complete-v0", *SMALL, *short, "--exp-name", number, *words)
@@ -456,7 +467,7 @@ def test_kitchen_cumulative_reaches_the_data(tiny, session, capsys):
 
 def test_eval_only(session, source, capsys):
     seeds = []
-    session.spy("evaluate", lambda env, act, episodes, seed: seeds.append(seed))
+    session.spy("evaluate", lambda env, agent, episodes, seed: seeds.append(seed))
     summary = session.run("--eval-only", source, "--episodes", 3)
     out = capsys.readouterr().out
     result = json.loads((source / "exploitation_90_eval.json").read_text())
@@ -486,7 +497,7 @@ def test_video(session, source, monkeypatch, capsys):
     import imageio.v3
 
     monkeypatch.setenv("MUJOCO_GL", backend)
-    monkeypatch.setitem(ooo.ENVIRONMENTS, PEN, replace(ooo.ENVIRONMENTS[PEN], horizon=5))
+    monkeypatch.setitem(ooo.TASKS, PEN, ooo.TASKS[PEN]._replace(horizon=5))
     session.run("--eval-only", source, "--episodes", 2, "--video")
     frames = list(imageio.v3.imiter(source / "exploitation_90.mp4"))
     assert len(frames) == 10 and frames[0].shape == (480, 480, 3)
@@ -498,19 +509,46 @@ def test_video(session, source, monkeypatch, capsys):
 # === wandb ===
 
 
-def test_track_sends_what_the_files_hold(tiny, session, monkeypatch):
-    tiny(PEN)
-    sent, started = [], []
+@pytest.fixture
+def wandb(monkeypatch):
+    """A stand-in for wandb; (started, sent): the arguments of wandb.init and of log."""
+    started, sent = [], []
     stub = types.ModuleType("wandb")
     stub.init = lambda **options: started.append(options) or types.SimpleNamespace(log=sent.append)
     monkeypatch.setitem(sys.modules, "wandb", stub)
-    words = ["--env-id", PEN, *SMALL, "--online-steps", 30, "--retrain-at", 30]
-    session.run(*words, "--track", "--wandb-mode", "offline", "--wandb-project", "mine")
+    return started, sent
+
+
+TRACK = ["--env-id", PEN, *SMALL, "--online-steps", 30, "--retrain-at", 30, "--track"]
+
+
+def test_track_sends_what_the_files_hold(tiny, session, wandb):
+    tiny(PEN)
+    started, sent = wandb
+    session.run(*TRACK, "--wandb-mode", "offline", "--wandb-project", "mine")
     assert started[0]["project"] == "mine" and started[0]["mode"] == "offline"
     assert started[0]["config"]["args"]["env_id"] == PEN
     record = metrics(directory(PEN), "pretrain")[0]
-    assert sent[0] == {f"pretrain/{name}": value for name, value in record.items() if name != "phase"}
-    lines = [read_lines(directory(PEN) / f"{name}.jsonl") for name in ("metrics", "evals", "timing")]
-    assert len(sent) == sum(map(len, lines))
-    session.run(*words, "--track", "--wandb-mode", "offline", "--wandb-project", "mine", "--resume")
-    assert started[1]["id"] == started[0]["id"] and started[1]["resume"] == "allow"
+    where = {"phase": "pretrain", "env_step": 0, "grad_step": 0}
+    assert sent[0] == where | {f"pretrain/{name}": value for name, value in record.items() if name not in where}
+    assert len(sent) == len(metrics(directory(PEN)))
+
+
+def test_a_run_is_itself_for_wandb_too(tiny, session, wandb, monkeypatch):
+    """Its id is the run's own, not the path's; an offline part of a run never replaces another; variables count."""
+    tiny(PEN)
+    started, _ = wandb
+    monkeypatch.setenv("WANDB_PROJECT", "theirs")
+    session.run(*TRACK, "--wandb-mode", "online")
+    session.run(*TRACK, "--wandb-mode", "online", "--resume")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    session.run(*TRACK, "--resume")
+    session.run(*TRACK, "--resume")
+    ids = [options["id"] for options in started]
+    run_id = json.loads((directory(PEN) / "config.json").read_text())["run_id"]
+    assert ids[:2] == [run_id] * 2 and len(set(ids)) == 3 and {options["group"] for options in started} == {run_id}
+    assert [options["mode"] for options in started] == ["online", "online", "offline", "offline"]
+    assert {options["project"] for options in started} == {"theirs"}
+    shutil.rmtree(directory(PEN))
+    session.run(*TRACK)
+    assert started[-1]["id"] != run_id

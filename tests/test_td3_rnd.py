@@ -112,17 +112,19 @@ def test_policy_delay_counts_gradient_steps(tiny, session, delay):
     tiny(PEN)
     asked = []
     session.spy("fujimoto_update", lambda agent, batch, settings, bonus, policy: asked.append(policy))
-    session.run("--env-id", PEN, *SMALL, "--online-steps", 12, "--save-at", "--policy-delay", delay)
+    session.run("--env-id", PEN, *SMALL, "--online-steps", 12, "--save-at", "--variant", "fujimoto",
+                "--policy-delay", delay)
     assert asked == [(step % delay == 0) for step in range(1, 13)]
 
 
 # === runs ===
 
 
-@pytest.mark.parametrize("env_id", td3_rnd.TASKS)
-def test_every_task(env_id, tiny, session):
+@pytest.mark.parametrize(("env_id", "variant"), [*((env_id, "official") for env_id in td3_rnd.TASKS),
+                                                 (PEN, "fujimoto")])
+def test_every_task(env_id, variant, tiny, session):
     tiny(env_id)
-    rows = session.run("--env-id", env_id, *SMALL, "--online-steps", 20, "--save-at", 10)
+    rows = session.run("--env-id", env_id, *SMALL, "--variant", variant, "--online-steps", 20, "--save-at", 10)
     run = run_directory(td3_rnd, env_id)
     check_scores(td3_rnd, run, rows, [10, 20], session.agents[-1])
     names = {"critic", "actor", "q_mean", "rnd"}
@@ -135,8 +137,10 @@ def test_official_variant(tiny, session):
     tiny(PEN)
     asked = []
     session.spy("td3_update", lambda agent, *rest: asked.append(agent))
-    rows = session.run("--env-id", PEN, *SMALL, "--variant", "official", "--online-steps", 40, "--save-at", 20)
-    assert len(asked) == 40 and asked[0].actor.squash
+    rows = session.run("--env-id", PEN, *SMALL, "--log-std-min", -2, "--online-steps", 40, "--save-at", 20)
+    assert len(asked) == 40 and asked[0].actor.squash and asked[0].actor.log_std_min == -2
+    kept = {layer.keep for layer in asked[0].actor.modules() if isinstance(layer, td3_rnd.Dropout)}
+    assert kept == {round(0.9 * 65536)}  # the task's dropout
     check_scores(td3_rnd, run_directory(td3_rnd, PEN), rows, [20, 40], asked[0])
 
 
@@ -154,9 +158,10 @@ def test_offline_data_is_in_the_buffer_from_the_first_step(tiny, session):
     assert sizes[0] == (150, 150, ("online", 0)) and sizes[-1] == (150, 170, ("online", 20))
 
 
-def test_same_bytes_and_resume_after_sigkill(tiny, tmp_path):
+@pytest.mark.parametrize("variant", ["official", "fujimoto"])
+def test_same_bytes_and_resume_after_sigkill(tiny, tmp_path, variant):
     tiny(PEN)
-    words = ["--env-id", PEN, *SMALL, "--online-steps", 105, "--save-at", 70, "--log-every", 7]
+    words = ["--env-id", PEN, *SMALL, "--variant", variant, "--online-steps", 105, "--save-at", 70, "--log-every", 7]
     # Checkpoints at 100, with losses of two steps not yet logged, and at 105.
     check_determinism_and_resume(tmp_path, "td3_rnd.py", words, ["/policy_70.pt", ("/checkpoint.pt", 2)])
 
@@ -190,11 +195,15 @@ def test_task_rows():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="no C++ compiler")
-def test_compiled_update_equals_eager():
-    """Both graphs of the delayed update, with RND's, over the same rows and random numbers."""
+@pytest.mark.parametrize("variant", ["official", "fujimoto"])
+@pytest.mark.parametrize("normalizer", ["code", "paper"])
+def test_compiled_update_equals_eager(variant, normalizer):
+    """All graphs (two of the delayed update), with RND's, over the same rows and random numbers, with dropout."""
     def build(args, buffer, device):
-        agent, rnd = td3_rnd.TD3Agent(4, 2, (16, 16), 1e-2, device), td3_rnd.make_rnd(args, 4, device)
+        options = dict(dropout=0.2) if variant == "official" else {}
+        agent = td3_rnd.make_agent(variant, 4, 2, (16, 16), 1e-2, device, **options)
+        rnd = td3_rnd.make_rnd(args, 4, device)
         s = SimpleNamespace(args=args, buffer=buffer, explorer=agent, rnd=rnd, progress={"grad_step": 0})
         return td3_rnd.make_update(s), s.progress, {"agent": agent, "rnd": rnd}
 
-    check_compiled(td3_rnd, build, rnd_hidden_dims=(24, 16))
+    check_compiled(td3_rnd, build, rnd_hidden_dims=(24, 16), variant=variant, rnd_normalizer=normalizer)

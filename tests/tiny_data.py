@@ -112,6 +112,15 @@ def antmaze():
     return {"D4RL/antmaze/large-diverse-v1": episodes}, env
 
 
+def small_maze(name, goal):
+    """Episode 0 stays at the goal."""
+    env = gym.make(f"PointMaze_{name}-v3", continuing_task=True, reset_target=True)
+    episodes = [roll_out(env, MAZE_STEPS, seed) for seed in range(3)]
+    obs = episodes[0]["observations"]
+    obs["achieved_goal"][:] = obs["observation"][:, :2] = goal
+    return {f"D4RL/pointmaze/{name.lower()}-v2": episodes}, env
+
+
 def pointmaze():
     """Episode 0 is moved on a straight line from the goal to the west, episode 1 stays in the top left corner."""
     env = gym.make("PointMaze_Large-v3", continuing_task=True, reset_target=True)
@@ -133,6 +142,8 @@ MAKERS = {
     "antmaze-goal-missing-large-v2": antmaze,
     "maze2d-missing-data-large-v1": pointmaze,
     "hammer-truncated-expert-v1": hammer,
+    "maze2d-missing-data-umaze-v1": lambda: small_maze("UMaze", (-1.0, 1.0)),
+    "maze2d-missing-data-medium-v1": lambda: small_maze("Medium", (2.5, -2.5)),
 }
 
 
