@@ -809,8 +809,7 @@ def retrain(run, buffer, eval_env, t):
     run.seed("retrain", t)
     agent = make_agent(args, buffer, run.device, exploitation=True)
     rewards = (buffer.first(n)["rewards"] + pick(args, "reward_bias", True)) * pick(args, "reward_scale", True)
-    bounds = torch.tensor([INF, -INF], device=run.device)
-    widen(bounds, rewards, args.gamma)
+    bounds = torch.stack(rewards.aminmax()) / (1 - args.gamma)
     if args.retrain_q_bounds:
         agent.q_bounds.copy_(bounds)
     run.restore(exploiter=agent)
@@ -840,8 +839,8 @@ def retrain(run, buffer, eval_env, t):
 
 
 def reason_to_stop(args, losses, peak, bounds):
-    """Early stopping after Kumar et al. 2021 (arXiv 2109.10813): the data's Q and the conservative term, in
-    the last batch. peak: the largest such Q before; bounds: least and largest possible Q. A sentence, or None."""
+    """Early stopping after Kumar et al. 2021 (arXiv 2109.10813), by the mean Q of the data and the conservative term in
+    the last batch. peak: the largest such Q so far; bounds: least and largest possible Q. A sentence, or None."""
     share, q_range = args.retrain_early_stop, max(bounds[1], 0.0) - min(bounds[0], 0.0)
     q, gap = losses["losses/q_mean"].item(), losses["losses/cql"].item() if args.cql_alpha else 0.0
     if share and peak - q > share * q_range:
