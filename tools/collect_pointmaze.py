@@ -37,12 +37,16 @@ from minari.namespace import create_namespace, list_local_namespaces
 from minari.storage import get_dataset_path
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from reproduce import run_main  # noqa: E402
+
 ENV_ID = "PointMaze_Large-v3"
 MAX_EPISODE_STEPS = 800  # environment steps
 P_GAIN, D_GAIN = 10.0, -1.0  # force per metre of distance to the waypoint, force per m/s of velocity
 ACTION_NOISE = 0.5  # standard deviation, in units of the action range [-1, 1]
 REACHED = 0.1  # metres; a waypoint this close counts as passed
 JITTER = 0.1  # metres; waypoints are this far off their cell's centre, so that paths do not share one thin line
+BYTES_PER_STEP = 200  # of the stored data; 184 were measured
 WALL = 1  # value of a wall cell in the maze map
 
 
@@ -228,9 +232,20 @@ def refusal(args):
         parse_dataset_id(args.dataset_id)
     except (ValueError, TypeError):  # TypeError: no version at the end
         return f"{args.dataset_id}: not a Minari id such as namespace/name-v0"
-    if args.steps < 1:
-        return f"--steps must be at least 1, not {args.steps}"
-    path = get_dataset_path(args.dataset_id)
+    for name, low, high in (("steps", 1, 10**9), ("seed", 0, 2**32 - 1)):
+        if not low <= getattr(args, name) <= high:
+            return f"--{name} {getattr(args, name)} must be from {low} to {high}"
+    store = os.environ.get("MINARI_DATASETS_PATH", "the Minari store")
+    try:
+        path = get_dataset_path(args.dataset_id)
+        with tempfile.TemporaryFile(dir=get_dataset_path(), buffering=0) as file:
+            file.write(b"x")
+    except OSError as error:
+        return f"nothing can be written to {store} ({error.strerror}); set MINARI_DATASETS_PATH to another folder"
+    # HDF5 crashes the process when a disk fills up, so look before.
+    need, free = BYTES_PER_STEP * args.steps + 2**20, shutil.disk_usage(get_dataset_path()).free
+    if free < need:
+        return f"{store} has {free / 2**20:.1f} MiB free, {need / 2**20:.1f} are needed; make room, or lower --steps"
     if path.exists() and not is_stored(args) and not args.overwrite:
         return f"{path} exists but holds no readable dataset; --overwrite replaces it"
     return None
@@ -245,6 +260,8 @@ def is_stored(args):
 
 
 def main(args):
+    if root := os.environ.get("MINARI_DATASETS_PATH"):
+        os.environ["MINARI_DATASETS_PATH"] = os.path.expanduser(root)
     if reason := refusal(args):
         print(f"collect_pointmaze: {reason}", file=sys.stderr)
         return 2
@@ -270,4 +287,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Args, description=__doc__)))
+    run_main(lambda: sys.exit(main(tyro.cli(Args, description=__doc__))))
