@@ -1391,7 +1391,7 @@ def parse_args(argv=None):
     --scale. Exit 2 with one line for what cannot be."""
     argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
     first = tyro_cli([word for word in argv if word not in ("-h", "--help")], Args())
-    if source := first.eval_only or getattr(first, "exploit_only", ""):
+    if source := getattr(first, "eval_only", "") or getattr(first, "exploit_only", ""):
         own = {name: getattr(Args, name) for name in (*OWN, "exp_name", "eval_only", "exploit_only") if
                hasattr(Args, name)}
         default = Args(**read_config(source)["args"] | own)
@@ -1412,8 +1412,7 @@ def parse_args(argv=None):
     for wrong, message in (
         (source and args.env_id != default.env_id, f"{source} is a run on {default.env_id}; leave --env-id out"),
         (not re.fullmatch(r"\w[\w.+=,-]{0,99}", args.exp_name), "--exp-name must be one short word, it names a folder"),
-        (args.dataset_id and args.dataset_path, "give --dataset-id or --dataset-path, not both"),
-        (args.cudagraphs and args.device == "cpu", "--cudagraphs needs a CUDA device"),
+        (getattr(args, "dataset_id", ()) and args.dataset_path, "give --dataset-id or --dataset-path, not both"),
         *mistakes(args),
     ):
         if wrong:
@@ -1443,21 +1442,22 @@ def check_ranges(args):
                     fail(f"--{name.replace('_', '-')} {x} lies outside [{low:g}, {high:g}]")
 
 
-def read_config(run_dir):
-    """config.json of a run of this script; exit 2 if RUN_DIR does not hold one."""
+def read_config(run_dir, scripts=(SCRIPT,)):
+    """config.json of a run of one of the scripts; exit 2 if RUN_DIR does not hold one."""
     path = Path(run_dir).expanduser() / "config.json"
     try:
         config = json.loads(path.read_text())
-        if config["script"] != SCRIPT:
-            fail(f"{run_dir} is a run of {config['script']}; give a run of {SCRIPT}")
+        if config["script"] not in scripts:
+            fail(f"{run_dir} is a run of {config['script']}; give a run of {' or '.join(scripts)}")
         tuples = lambda value: tuple(map(tuples, value)) if isinstance(value, list) else value  # noqa: E731
         config["args"] = {name: tuples(value) for name, value in config["args"].items()}
-        if other := set(config["args"]) ^ {field.name for field in fields(Args)}:
+        other = set(config["args"]) ^ {field.name for field in fields(Args)}
+        if other and config["script"] == SCRIPT:
             fail(f"{path} has other settings than this version of {SCRIPT} ({' '.join(sorted(other))})")
         config["run_id"], config["dataset"]["sha256"], config["versions"], config["resumed"]
         return config
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        fail(f"{path} is not the config of a run of {SCRIPT} ({error!r}); give the folder of a run")
+        fail(f"{path} is not the config of a run of {' or '.join(scripts)} ({error!r}); give the folder of a run")
 
 
 # --- run directory, metrics, checkpoint ---
@@ -1566,8 +1566,8 @@ def save_torch(path, content):
     atomic_write(path, data + (64).to_bytes(2, "little") + hashlib.sha256(data).hexdigest().encode())
 
 
-def load_torch(path, device):
-    """A file of save_torch; exit 2 if it is missing, is not as it was written, or is another script's."""
+def load_torch(path, device, scripts=(SCRIPT,)):
+    """A file of save_torch; exit 2 if it is missing, is not as it was written, or is of none of the scripts."""
     try:
         data = Path(path).read_bytes()
         if hashlib.sha256(data[:-66]).hexdigest().encode() != data[-64:]:
@@ -1575,8 +1575,8 @@ def load_torch(path, device):
         content = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
     except OSError as error:
         fail(f"{path} cannot be read ({error.strerror}); has the run come that far?")
-    if content["script"] != SCRIPT:
-        fail(f"{path} was not written by {SCRIPT}; give a run of that script")
+    if content["script"] not in scripts:
+        fail(f"{path} was not written by {' or '.join(scripts)}; give a run of it")
     return content
 
 

@@ -559,7 +559,6 @@ def test_task_settings():
         (["--cql-alpha", "-1"], "--cql-alpha"),
         (["--retrain-early-stop", "-1"], "--retrain-early-stop"),
         (["--intrinsic-returns-every", "0"], "--intrinsic-returns-every"),
-        (["--cudagraphs", "--device", "cpu"], "--cudagraphs"),
     ],
 )
 def test_values_that_cannot_work(words, named, capsys):
