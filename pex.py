@@ -73,7 +73,7 @@ import torch.nn.functional as F
 import tyro
 from filelock import FileLock, Timeout
 from torch import nn
-from tqdm import trange
+from tqdm import tqdm
 
 SCRIPT = "pex"  # written into every file of a run, also by a renamed copy
 

@@ -72,7 +72,7 @@ import torch.nn.functional as F
 import tyro
 from filelock import FileLock, Timeout
 from torch import nn
-from tqdm import trange
+from tqdm import tqdm
 
 SCRIPT = "td3_rnd"  # written into every file of a run, also by a renamed copy
 
