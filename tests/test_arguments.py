@@ -237,7 +237,7 @@ def test_a_config_with_a_number_outside_its_range(tmp_path, capsys, option):
 @pytest.mark.parametrize("option", ["--eval-only", "--exploit-only"])
 def test_a_config_with_a_value_of_another_kind(tmp_path, capsys, option):
     """Text for a list, a list for a number, a choice that there is not: one line that names the file."""
-    wrong = (None, "text", [], [[1]], [1, 2, 3], {"a": 1}, 1.5)
+    wrong = (None, "text", [], [["x"]], [1, 2, 3], {"a": 1}, 1.5)
     hints = typing.get_type_hints(ooo.Args)
     taken = set(ooo.OWN) | {"exp_name", "eval_only", "exploit_only"}  # not from the source
     names = [name for name in hints if name not in taken and "str" not in str(hints[name])]
