@@ -245,7 +245,7 @@ def test_a_config_with_a_value_of_another_kind(tmp_path, capsys, option):
     for number, name in enumerate(names):
         hint = str(hints[name])
         for x in (wrong[number % len(wrong)], wrong[(number + 3) % len(wrong)]):
-            could_be = (x is None and "None" in hint, x == [] and "..." in hint, x == [1, 2, 3] and "int, ..." in hint,
+            could_be = (x is None and "None" in hint, x == [] and "..." in hint, x == [1, 2, 3] and "..." in hint,
                         x == 1.5 and "float" in hint)
             if not any(could_be):
                 assert "source/config.json" in refused(capsys, option, source_run(tmp_path, **{name: x}))
