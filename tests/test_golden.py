@@ -37,7 +37,8 @@ def parameters(agent, rnd=None):
     for prefix, critic in (("critic", agent.critic), ("target_critic", agent.critic_target)):
         for i, (weight, bias) in enumerate(zip(critic.weights, critic.biases, strict=True)):
             out[f"{prefix}.{i}.weight"], out[f"{prefix}.{i}.bias"] = (weight, "ensemble"), (bias, "bias")
-    networks = {"value": agent.value, **({"rnd_predictor": rnd.predictor, "rnd_target": rnd.target} if rnd else {})}
+    networks = {"value": agent.value} if hasattr(agent, "value") else {}
+    networks |= {"rnd_predictor": rnd.predictor, "rnd_target": rnd.target} if rnd else {}
     for prefix, network in networks.items():
         for i, layer in enumerate(network.layers):
             out[f"{prefix}.{i}.weight"], out[f"{prefix}.{i}.bias"] = (layer.weight, None), (layer.bias, None)

@@ -8,17 +8,17 @@ a cell may save a fraction of a step each time, so that a chain can be shorter t
 transitions join. About 45 to 56 steps go over the wall, about 28 to 40 under it.
 """
 
+import os
 import sys
 from collections import defaultdict, deque
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import pointmass_didactic as pm  # noqa: E402
+from reproduce import check_ranges, fail, run_main  # noqa: E402
 
 
 @dataclass
@@ -50,16 +50,24 @@ def shortest_chain(rows, start, cell):
 
 def main(argv=None):
     args = tyro.cli(Args, args=argv, description=__doc__)
-    if args.cell <= 0:
-        pm.fail(f"--cell {args.cell:g} must be above 0")
-    settings = pm.Args(**pm.read_config(args.run_dir, "pointmass_didactic")["args"])
-    saved = pm.load_torch(Path(args.run_dir) / "checkpoint.pt", "pointmass_didactic", "cpu")
-    members = [(settings.seed + i, c) for i in range(settings.num_seeds) for c in settings.bonus_coef]
-    for (seed, coef), online in zip(members, saved["online"], strict=True):
-        rows = torch.cat([pm.scripted_data(settings, seed), online])
-        steps = shortest_chain(rows.numpy(), pm.START, args.cell)
-        print(f"seed {seed}, coefficient {coef:g}: {steps or 'no'} steps")
+    check_ranges(args, dict(cell=(1e-4, 1)))
+    import torch
+
+    import pointmass_didactic as pm
+
+    folder = os.path.expanduser(args.run_dir)
+    config = pm.read_config(folder, "pointmass_didactic")
+    saved = pm.load_torch(Path(folder) / "checkpoint.pt", "pointmass_didactic", "cpu")
+    try:
+        settings = pm.Args(**config["args"])
+        members = [(settings.seed + i, c) for i in range(settings.num_seeds) for c in settings.bonus_coef]
+        data = [torch.cat([pm.scripted_data(settings, member[0]), online]).numpy()
+                for member, online in zip(members, saved["online"], strict=True)]
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        fail(f"{folder} is not a readable run of the point mass ({type(error).__name__}: {error}); give another")
+    for (seed, coef), rows in zip(members, data, strict=True):
+        print(f"seed {seed}, coefficient {coef:g}: {shortest_chain(rows, pm.START, args.cell) or 'no'} steps")
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)
