@@ -76,7 +76,7 @@ import torch.nn.functional as F
 import tyro
 from filelock import FileLock, Timeout
 from torch import nn
-from tqdm import trange
+from tqdm import tqdm
 
 SCRIPT = "rlpd_ooo"  # written into every file of a run, also by a renamed copy
 
