@@ -4,7 +4,7 @@
 #     "minari[hdf5,hf]==0.5.4", "tyro==1.0.17", "tqdm==4.70.1", "psutil==7.2.2", "filelock==4.3.1", "imageio==2.38.1",
 #     "imageio-ffmpeg==0.8.1", "wandb==0.31.0"]
 # ///
-"""OOO (RLPD): explore online with RLPD + RND, then retrain a SAC agent offline on the buffer, task reward only.
+r"""OOO (RLPD): explore online with RLPD + RND, then retrain a SAC agent offline on the buffer, task reward only.
 
 Paper: "Offline Retraining for Online RL: Decoupled Policy Learning to Mitigate Exploration Bias", arXiv 2310.08558,
 Algorithm 1. RLPD: arXiv 2302.02948. SAC: arXiv 1812.05905. RND: arXiv 1810.12894.
@@ -17,7 +17,8 @@ Algorithm 1. RLPD: arXiv 2302.02948. SAC: arXiv 1812.05905. RND: arXiv 1810.1289
   Ablations of the exploitation phase, on the data of a finished run:
     python rlpd_ooo.py --exploit-only runs/ant-sparse-v2__rlpd_ooo__1 --retrain-upsample 0 --exp-name no_up    # Fig. 11
     python rlpd_ooo.py --exploit-only runs/ant-sparse-v2__rlpd_ooo__1 --retrain-q-bounds --exp-name bounds
-    python rlpd_ooo.py --exploit-only runs/ant-sparse-v2__rlpd_ooo__1 --retrain-critics 10 --retrain-layer-norm
+    python rlpd_ooo.py --exploit-only runs/ant-sparse-v2__rlpd_ooo__1 --retrain-critics 10 --retrain-layer-norm \
+        --exp-name ensemble
 
 Where paper and official code differ, the paper wins where it is explicit, else the code, except where the published
 coefficients were tuned with the code's form (5, 6). Each choice and exception:
@@ -182,8 +183,7 @@ class Args:
     # --- phases ---
     online_steps: int = 1_000_000  # online phase: environment steps, one update (utd_ratio critic steps) each
     learning_starts: int = 5_000  # environment steps with uniformly random actions and without updates, at the start
-    retrain_at: tuple[int, ...] = (250_000, 500_000, 750_000, 1_000_000)  # environment steps t: a policy is retrained
-    # on D_off + D_on[:t]
+    retrain_at: tuple[int, ...] = (250_000, 500_000, 750_000, 1_000_000)  # env steps t: retrained on D_off + D_on[:t]
     retrain_steps: int = 1_000_000  # updates of one retraining, one critic step each
     eval_every: int = 50_000  # steps of the phase under way between evaluations
     eval_episodes: Annotated[int, tyro.conf.arg(aliases=["--episodes"])] = 100  # episodes of one evaluation
