@@ -396,6 +396,10 @@ class RND(nn.Module):
         var.copy_(m2 / total)
         count.add_(n)
 
+    def reward_std(self):
+        """Running standard deviation (1,); 1 where there is no spread yet."""
+        return torch.where(self.reward_var > 0, self.reward_var, 1.0).sqrt().float()
+
     def normalize(self, observations):
         return ((observations - self.obs_mean.float()) / self.obs_var.sqrt().float()).clamp(-5.0, 5.0)
 
@@ -407,7 +411,7 @@ class RND(nn.Module):
     @torch.no_grad()
     def intrinsic_rewards(self, next_observations):
         """(n,), divided by the running standard deviation, no mean subtracted; nothing is updated."""
-        return self.errors(self.normalize(next_observations)) / self.reward_var.sqrt().float()
+        return self.errors(self.normalize(next_observations)) / self.reward_std()
 
     def update(self, observations, next_observations, update_proportion=0.25, uniform=None):
         """One predictor step and the intrinsic rewards of the batch. Returns (rewards (batch,), predictor loss).
@@ -430,7 +434,7 @@ class RND(nn.Module):
             rewards = self.errors(z)
             if self.normalizer == "paper":
                 self.update_running("reward", rewards[:, None])
-            rewards = rewards / self.reward_var.sqrt().float()
+            rewards = rewards / self.reward_std()
             if self.normalizer == "code":
                 self.update_running("reward", rewards[:, None])
             self.update_running("obs", observations)

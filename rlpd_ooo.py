@@ -397,6 +397,10 @@ class RND(nn.Module):
         var.copy_(m2 / total)
         count.add_(n)
 
+    def reward_std(self):
+        """Running standard deviation (1,); 1 where there is no spread yet."""
+        return torch.where(self.reward_var > 0, self.reward_var, 1.0).sqrt().float()
+
     def normalize(self, observations):
         return ((observations - self.obs_mean.float()) / self.obs_var.sqrt().float()).clamp(-5.0, 5.0)
 
@@ -409,7 +413,7 @@ class RND(nn.Module):
     def intrinsic_rewards(self, next_observations):
         """(n,), divided by the running standard deviation, no mean subtracted; nothing is updated."""
         z = self.normalize(next_observations)
-        return self.errors(z, self.target(z)) / self.reward_var.sqrt().float()
+        return self.errors(z, self.target(z)) / self.reward_std()
 
     def update(self, observations, next_observations, update_proportion=0.25, uniform=None):
         """The intrinsic rewards of the batch, then one predictor step. Returns (rewards (batch,), predictor loss).
@@ -421,7 +425,7 @@ class RND(nn.Module):
             rewards = self.errors(z, features)
             if self.normalizer == "paper":
                 self.update_running("reward", rewards[:, None])
-            rewards = rewards / self.reward_var.sqrt().float()
+            rewards = rewards / self.reward_std()
             if self.normalizer == "code":
                 self.update_running("reward", rewards[:, None])
             self.update_running("obs", observations)
@@ -1006,7 +1010,7 @@ def check_columns(source, obs_dim, act_dim, **columns):
         shape = (n, *widths.get(name, ()))
         try:
             with np.errstate(over="ignore"):  # what float32 cannot hold is infinite
-                columns[name] = value = np.asarray(value, np.float32)
+                columns[name] = value = np.asarray(value).astype(np.float32, casting="same_kind", copy=False)
         except (TypeError, ValueError) as error:
             fail(f"{source}: {name} are not numbers ({error})")
         if value.shape != shape:
@@ -1078,8 +1082,8 @@ def read_npz(args, env):
             fail(f"--dataset-path {path} needs {size / 2**30:.1f} GiB, too much for this machine; give a part of it")
         with np.load(path, allow_pickle=False) as file:
             data = {name: file[name] for name in D4RL_KEYS if name in file.files}
-    except (OSError, ValueError, TypeError, EOFError, MemoryError, zlib.error, zipfile.BadZipFile) as error:
-        fail(f"--dataset-path {path} cannot be read as .npz without pickle ({error})")
+    except Exception as error:  # zipfile and numpy raise many kinds for a damaged file
+        fail(f"--dataset-path {path} cannot be read as .npz without pickle ({type(error).__name__}: {error})")
     if missing := [name for name in D4RL_KEYS[:4] if name not in data]:
         fail(f"--dataset-path {path} has no {', '.join(missing)}; D4RL's keys are needed")
     if not {"timeouts", "next_observations"} & set(data):

@@ -157,7 +157,8 @@ def test_a_script_is_read_from_the_method_to_the_plumbing(script):
     (line,) = [number for number, text in enumerate(lines, 1) if text.startswith("# Below is plumbing")]
     functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
     assert functions["main"].lineno < line and functions["parse_args"].lineno > line
-    first_loss = min(node.lineno for name, node in functions.items() if name.endswith(("_loss", "_losses", "_update", "_step")))
+    losses = ("_loss", "_losses", "_update", "_step")
+    first_loss = min(node.lineno for name, node in functions.items() if name.endswith(losses))
     assert first_loss < 450 and max(map(len, lines)) <= 120
     long = {name for name, node in functions.items() if node.end_lineno - node.lineno >= 62}
     assert not long
@@ -235,15 +236,26 @@ def docstrings(source):
 
 
 def documented_commands():
-    """All (file, script, arguments) in README's code blocks and in the docstrings of the scripts, each once."""
-    readme = ROOT / "README.md"
-    texts = {"README.md": fenced_blocks(readme.read_text()) if readme.exists() else []}
+    """All (file, script, arguments) in the pages' code blocks and the scripts' docstrings, each once."""
+    texts = {path.name: fenced_blocks(path.read_text()) + TABLE_COMMAND.findall(path.read_text()) for path in PAGES}
     texts |= {script: docstrings((ROOT / script).read_text()) for script in SCRIPTS + TOOLS}
     found = [(file, *command) for file, parts in texts.items() for part in parts for command in commands_in(part)]
     return [command for number, command in enumerate(found) if command not in found[:number]]
 
 
+TABLE_COMMAND = re.compile(r"^\|[^`\n]*\| `(python [^`\n]*)`", flags=re.MULTILINE)
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 DOCUMENTED = documented_commands()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_readme_is_read_to_its_end():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
 
 
 def parse(script, arguments, monkeypatch):
