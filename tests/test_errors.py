@@ -64,7 +64,7 @@ def test_device_that_is_not_there(box):
 
 def test_buffer_that_does_not_fit(tiny, box):
     tiny(PEN)
-    line = refused(box, "--env-id", PEN, "--online-steps", 10**12)
+    line = refused(box, "--env-id", PEN, "--online-steps", 10**10)
     assert "GiB" in line and "--online-steps" in line
 
 
