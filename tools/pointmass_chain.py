@@ -52,11 +52,13 @@ def main(argv=None):
     args = tyro.cli(Args, args=argv, description=__doc__)
     if args.cell <= 0:
         pm.fail(f"--cell {args.cell:g} must be above 0")
-    settings = pm.Args(**pm.read_config(args.run_dir, "pointmass_didactic")["args"])
-    saved = pm.load_torch(Path(args.run_dir) / "checkpoint.pt", "pointmass_didactic", "cpu")
-    members = [(settings.seed + i, c) for i in range(settings.num_seeds) for c in settings.bonus_coef]
-    for (seed, coef), online in zip(members, saved["online"], strict=True):
-        rows = torch.cat([pm.scripted_data(settings, seed), online])
+    path, settings = Path(args.run_dir), pm.Args(**pm.read_config(args.run_dir)["args"])
+    saved = pm.load_torch(path / "checkpoint.pt", torch.device("cpu"))
+    data = pm.read_verified(path / "replay.bin", saved["sizes"]["replay.bin"], saved["sums"]["replay.bin"])
+    members = pm.members(settings)
+    online = torch.frombuffer(bytearray(data), dtype=torch.float32).view(-1, len(members), 7)
+    for member, (seed, coef) in enumerate(members):
+        rows = torch.cat([pm.scripted_data(settings, seed), online[:, member]])
         steps = shortest_chain(rows.numpy(), pm.START, args.cell)
         print(f"seed {seed}, coefficient {coef:g}: {steps or 'no'} steps")
 
