@@ -78,7 +78,7 @@ import torch.nn.functional as F
 import tyro
 from filelock import FileLock, Timeout
 from torch import nn
-from tqdm import trange
+from tqdm import tqdm
 
 SCRIPT = "iql_ooo"  # written into every file of a run, also by a renamed copy
 
@@ -396,6 +396,10 @@ class RND(nn.Module):
         var.copy_(m2 / total)
         count.add_(n)
 
+    def reward_std(self):
+        """Running standard deviation (1,); 1 where there is no spread yet."""
+        return torch.where(self.reward_var > 0, self.reward_var, 1.0).sqrt().float()
+
     def normalize(self, observations):
         return ((observations - self.obs_mean.float()) / self.obs_var.sqrt().float()).clamp(-5.0, 5.0)
 
@@ -407,7 +411,7 @@ class RND(nn.Module):
     @torch.no_grad()
     def intrinsic_rewards(self, next_observations):
         """(n,), divided by the running standard deviation, no mean subtracted; nothing is updated."""
-        return self.errors(self.normalize(next_observations)) / self.reward_var.sqrt().float()
+        return self.errors(self.normalize(next_observations)) / self.reward_std()
 
     def update(self, observations, next_observations, update_proportion=0.25, uniform=None):
         """One predictor step and the intrinsic rewards of the batch. Returns (rewards (batch,), predictor loss).
@@ -430,7 +434,7 @@ class RND(nn.Module):
             rewards = self.errors(z)
             if self.normalizer == "paper":
                 self.update_running("reward", rewards[:, None])
-            rewards = rewards / self.reward_var.sqrt().float()
+            rewards = rewards / self.reward_std()
             if self.normalizer == "code":
                 self.update_running("reward", rewards[:, None])
             self.update_running("obs", observations)
@@ -1032,7 +1036,7 @@ def check_columns(source, obs_dim, act_dim, **columns):
         shape = (n, *widths.get(name, ()))
         try:
             with np.errstate(over="ignore"):  # what float32 cannot hold is infinite
-                columns[name] = value = np.asarray(value, np.float32)
+                columns[name] = value = np.asarray(value).astype(np.float32, casting="same_kind", copy=False)
         except (TypeError, ValueError) as error:
             fail(f"{source}: {name} are not numbers ({error})")
         if value.shape != shape:
@@ -1104,8 +1108,8 @@ def read_npz(args, env):
             fail(f"--dataset-path {path} needs {size / 2**30:.1f} GiB, too much for this machine; give a part of it")
         with np.load(path, allow_pickle=False) as file:
             data = {name: file[name] for name in D4RL_KEYS if name in file.files}
-    except (OSError, ValueError, TypeError, EOFError, MemoryError, zlib.error, zipfile.BadZipFile) as error:
-        fail(f"--dataset-path {path} cannot be read as .npz without pickle ({error})")
+    except Exception as error:  # zipfile and numpy raise many kinds for a damaged file
+        fail(f"--dataset-path {path} cannot be read as .npz without pickle ({type(error).__name__}: {error})")
     if missing := [name for name in D4RL_KEYS[:4] if name not in data]:
         fail(f"--dataset-path {path} has no {', '.join(missing)}; D4RL's keys are needed")
     if not {"timeouts", "next_observations"} & set(data):
@@ -1199,6 +1203,8 @@ def load_dataset(args, env, seed):
 # --- command line ---
 def fail(message, code=2) -> NoReturn:
     """Say in one line on stderr what was wrong and what to do, and exit."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(code)
 
@@ -1211,7 +1217,7 @@ def parse_args(argv=None):
     if source := getattr(first, "eval_only", "") or getattr(first, "exploit_only", ""):
         own = {name: getattr(Args, name) for name in (*OWN, "exp_name", "eval_only", "exploit_only") if
                hasattr(Args, name)}
-        default = Args(**read_config(source)["args"] | own)
+        default = tyro_cli(command_line(read_config(source)["args"] | own), Args(), f"{source}/config.json: ")
         check_ranges(default)
     else:
         default = replace(Args(env_id=first.env_id), **TASKS[first.env_id].settings)
@@ -1237,15 +1243,26 @@ def parse_args(argv=None):
     return args
 
 
-def tyro_cli(argv, default):
+def command_line(settings):
+    """The words that give these settings: those of a config.json are read as if they were typed."""
+    flat = lambda value: [w for x in value for w in flat(x)] if isinstance(value, tuple) else [str(value)]  # noqa: E731
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        if isinstance(getattr(Args, name), bool) and isinstance(value, bool):
+            yield f"--{flag}" if value else f"--no-{flag}"
+        else:
+            yield from (f"--{flag}", *flat(value)) if isinstance(value, tuple) else (f"--{flag}={value}",)
+
+
+def tyro_cli(argv, default, where=""):
     """tyro's reading of a command line; its errors, which fill a box, as one line."""
     box = io.StringIO()
     try:
         with redirect_stderr(box):
-            return tyro.cli(Args, args=argv, default=default, description=__doc__)
+            return tyro.cli(Args, args=list(argv), default=default, description=__doc__)
     except SystemExit as stop:
         if stop.code:
-            fail(re.sub(r"[\s\u2500-\u257f]+", " ", box.getvalue()))
+            fail(where + re.sub(r"(?:[\s\u2500-\u257f]|-{3,})+", " ", box.getvalue()))
         raise
 
 
@@ -1296,7 +1313,7 @@ def due(step, every, last):
 def progress_bar(name, start, stop):
     """Step numbers from start to stop, with a bar on stderr; in a log file it is a line a minute."""
     interval = 0.1 if sys.stderr.isatty() else 60
-    return trange(start, stop, initial=start, total=stop, desc=name, dynamic_ncols=True, mininterval=interval,
+    return tqdm(range(start, stop), initial=start, total=stop, desc=name, dynamic_ncols=True, mininterval=interval,
                   maxinterval=max(10, interval))
 
 
@@ -1587,8 +1604,7 @@ class Run:
             "models": {name: state_of(model) for name, model in models.items()}})
         if self.signal:
             name = signal.Signals(self.signal).name
-            print(f"stopped by {name}, the checkpoint is written; continue with --resume", file=sys.stderr)
-            raise SystemExit(128 + self.signal)
+            fail(f"stopped by {name}; the checkpoint is written, continue with --resume", 128 + self.signal)
 
 
 def provenance(device):

@@ -1,20 +1,8 @@
 # /// script
-# requires-python = ">=3.11"
-# dependencies = [
-#     "torch==2.13.0",
-#     "numpy==2.4.6",
-#     "gymnasium==1.4.0",
-#     "gymnasium-robotics==1.4.2",
-#     "mujoco==3.3.7",
-#     "minari[hdf5,hf]==0.5.4",
-#     "tyro==1.0.17",
-#     "tqdm==4.70.1",
-#     "psutil==7.2.2",
-#     "imageio==2.38.1",
-#     "imageio-ffmpeg==0.8.1",
-#     "wandb==0.31.0",
-#     "matplotlib==3.11.2",
-# ]
+# requires-python = ">=3.11,<3.14"
+# dependencies = ["torch==2.13.0", "numpy==2.4.6", "gymnasium==1.4.0", "gymnasium-robotics==1.4.2", "mujoco==3.3.7",
+#     "minari[hdf5,hf]==0.5.4", "tyro==1.0.17", "tqdm==4.70.1", "psutil==7.2.2", "filelock==4.3.1", "imageio==2.38.1",
+#     "imageio-ffmpeg==0.8.1", "wandb==0.31.0"]
 # ///
 """PEX (Policy Expansion): a frozen policy from offline IQL, joined online by a second one that is learnt from scratch.
 
@@ -24,7 +12,7 @@ Baseline of "Offline Retraining for Online RL: Decoupled Policy Learning to Miti
     python pex.py --env-id kitchen-partial-v0 --seed 3                                  # offline IQL, then PEX
     python pex.py --env-id pen-binary-v0 --scale 0.01                                   # every budget x 0.01
     python pex.py --eval-only runs/pen-binary-v0__pex__1 --episodes 100 --video         # the saved policy
-  The offline phase of an iql_ooo.py run without the bonus can be taken over:
+  The offline phase of an iql_ooo.py run without the bonus, or of another pex.py run, can be taken over:
     python iql_ooo.py --env-id pen-binary-v0 --intrinsic-reward-scale 0 --exp-name iql
     python pex.py --env-id pen-binary-v0 --init-from runs/pen-binary-v0__iql__1
 
@@ -48,26 +36,34 @@ coefficients were tuned with the code's form. Each choice and exception:
  7. Offline and online data are in one append-only buffer; a batch takes half of its rows from each part.
  8. AntMaze runs for the 1.5M steps that Table 2 reports (IQL's exploration config: 2M).
  9. Kitchen observations are 30 of D4RL's 60 numbers, without the goal, which never changes: a reading.
-10. Today's packages: README, "Data and environments" (signs, horizons, mazes, goals, noise).
+10. Today's packages: docs/tasks.md (signs, horizons, mazes, goals, noise). The two small mazes are not of the paper.
 """
 
-import difflib
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while the packages load is one line too
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"error: interrupted; nothing was written\n"), os._exit(130)))
+
+import errno
 import hashlib
 import io
 import json
-import os
 import platform
+import re
+import secrets
 import shlex
+import shutil
 import subprocess
 import sys
 import time
+import zipfile
+import zlib
 from contextlib import contextmanager, redirect_stderr, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from types import FunctionType, SimpleNamespace
-from typing import Annotated, Literal, NoReturn
-from zipfile import BadZipFile
+from typing import Annotated, Literal, NamedTuple, NoReturn
 
 import gymnasium as gym
 import numpy as np
@@ -75,452 +71,700 @@ import psutil
 import torch
 import torch.nn.functional as F
 import tyro
+from filelock import FileLock, Timeout
 from torch import nn
 from tqdm import tqdm
 
-# === arguments ===
 SCRIPT = "pex"  # written into every file of a run, also by a renamed copy
 
 
-@dataclass
-class Args:
-    # --- experiment ---
-    env_id: str = "hammer-truncated-expert-v1"
-    """Task of the paper: one of the nine with offline data."""
-# === shared block: experiment arguments ===
-    seed: int = 1
-    """Seed of everything random in the run."""
-    exp_name: str = Path(__file__).stem
-    """Middle part of the run directory's name."""
-    runs_dir: str = "runs"
-    """Folder of the run directories."""
-    scale: float = 1.0
-    """Multiplies every budget and interval (steps, not episodes or batch size)."""
-    device: str = "auto"
-    """auto (cuda if there is one), cpu, cuda or cuda:N."""
-    torch_threads: int = 1
-    """CPU threads of torch; several runs side by side use a machine better than one run with many threads."""
-    matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"
-    """torch.set_float32_matmul_precision; auto takes medium where a test product shows it to be exact float32."""
-    compile: bool = False
-    """Wrap the updates in torch.compile (needs a C++ compiler on the CPU)."""
-    cudagraphs: bool = False
-    """Replay the updates as CUDA graphs (cuda only)."""
-    resume: bool = False
-    """Continue the run of the same name from its last checkpoint."""
-    eval_only: str = ""
-    """RUN_DIR of a run: evaluate its last saved policy (OOO: of exploitation), train nothing."""
-    video: bool = False
-    """With --eval-only: also record the first episodes as mp4 (MUJOCO_GL=osmesa or egl where there is no display)."""
-# === end shared block: experiment arguments ===
-# === shared block: data arguments ===
-    # --- task and data ---
-    dataset_id: tuple[str, ...] = ()
-    """Minari ids, each optionally ID:N for its first N episodes. Default: the task's published datasets."""
-    dataset_path: str = ""
-    """An .npz with D4RL's keys (observations, actions, rewards, terminals, timeouts) instead of Minari data."""
-    truncate_episodes: int = 0
-    """Keep the first N transitions of every offline episode (0: all)."""
-    data_subset: int = 0
-    """Keep N random offline transitions (0: all); drawn before discs are removed."""
-    remove_discs: tuple[tuple[float, float, float], ...] = ()
-    """Discs X Y RADIUS ... in maze coordinates; offline transitions whose observation lies inside one are removed."""
-    kitchen_cumulative: bool = False
-    """Kitchen offline rewards count tasks ever completed, as online, instead of tasks that hold now."""
-    reward_scale: float = 1.0
-    """Sampled rewards are (r + reward_bias) * reward_scale; stored rewards stay raw."""
-    reward_bias: float = 0.0
-    """See reward_scale."""
-    mask_reward: float | None = None
-    """If set, masks are 0 exactly where the raw reward equals this (kitchen: 4), else from terminations."""
-# === end shared block: data arguments ===
-# === shared block: online arguments ===
-    # --- online phase ---
-    online_steps: int = 500_000
-    """Online phase: environment steps, one gradient step each."""
-    eval_every: int = 50_000
-    """Steps of the phase under way between evaluations."""
-    eval_episodes: Annotated[int, tyro.conf.arg(aliases=["--episodes"])] = 100
-    """Episodes of one evaluation."""
-    # --- optimisation ---
-    batch_size: int = 256
-    """Transitions of one gradient step."""
-    learning_rate: float = 3e-4
-    """Adam's rate for actor, critic and value."""
-    gamma: float = 0.99
-    """Discount."""
-    tau: float = 0.005
-    """Polyak rate of the target critic, per gradient step."""
-    hidden_dims: tuple[int, ...] = (256, 256)
-    """Hidden layers of actor, critic and value."""
-# === end shared block: online arguments ===
-# === shared block: iql arguments ===
-    # --- pretraining and IQL (OOO: exploration, and exploitation where its own value is unset) ---
-    offline_steps: int = 500_000
-    """Pretraining: gradient steps on D_off."""
-    expectile: float = 0.7
-    """IQL's tau in (0.5, 1): closer to 1 means closer to a max over actions."""
-    temperature: float = 3.0
-    """Multiplies the advantage in exp(temperature * A); the paper's beta (Table 4)."""
-    dropout: float = 0.0
-    """Dropout rate of the actor's hidden layers, in the actor loss only."""
-    log_std_min: float = -5.0
-    """Lower clip of the policy's log standard deviation (upper: 2)."""
-    q_reward_bounds: tuple[float, float] | None = None
-    """Q targets are clipped to these rewards / (1 - gamma); None: not clipped. OOO: in exploration only."""
-# === end shared block: iql arguments ===
-# === shared block: baseline arguments ===
-    save_at: tuple[int, ...] = (250_000, 500_000)
-    """Environment steps t whose policy is saved and scored in the table, beside the last; as OOO's retrain_at."""
-# === end shared block: baseline arguments ===
-    # --- PEX ---
-    init_from: str = ""
-    """RUN_DIR of an iql_ooo.py run without the bonus: take its pretrained networks instead of pretraining."""
-    inv_temperature: float = 10.0
-    """Inverse temperature of the choice between the two policies' actions by their Q."""
-    learning_starts: int = 5_000
-    """Environment steps before the first online update."""
-    offline_ratio: float = 0.5
-    """Share of each online batch that is drawn from the offline data."""
-    epsilon: float = 0.1
-    """Evaluation: probability of the learnt policy's sample, instead of its mean, and, drawn by itself, of a choice by
-    the softmax, instead of the larger Q."""
-# === shared block: logging arguments ===
-    # --- logging and checkpoints ---
-    log_every: int = 1_000
-    """Steps between records of losses and of the intrinsic reward."""
-    checkpoint_every: int = 10_000
-    """Steps between checkpoints; online at the next end of an episode."""
-    track: bool = False
-    """Send metrics to wandb as well."""
-    wandb_project: str = "ooo"
-    """wandb project."""
-    wandb_mode: Literal["online", "offline", "disabled"] = "online"
-    """wandb mode."""
-# === end shared block: logging arguments ===
-
-
-# === shared block: baseline tasks ===
-BUDGETS = ("offline_steps", "online_steps", "learning_starts", "save_at", "eval_every", "log_every", "checkpoint_every")
-
-# What the two baselines take over of a task: budget, data, rewards. Official IQL configs; steps: Tables 1 and 2.
-ADROIT_TASK = dict(online_steps=1_000_000, save_at=(250_000, 500_000, 750_000, 1_000_000))
-KITCHEN_TASK = dict(
-    online_steps=4_000_000, save_at=(1_000_000, 2_000_000, 3_000_000, 4_000_000), reward_bias=-4.0, mask_reward=4.0)
-BASELINE_TASKS = {
-    **dict.fromkeys(("pen-binary-v0", "door-binary-v0", "relocate-binary-v0"), ADROIT_TASK),
-    **dict.fromkeys(("kitchen-partial-v0", "kitchen-mixed-v0", "kitchen-complete-v0"), KITCHEN_TASK),
-    "antmaze-goal-missing-large-v2": dict(
-        online_steps=1_500_000, save_at=(500_000, 750_000, 1_000_000, 1_250_000, 1_500_000), reward_bias=-1.0,
-        remove_discs=((14.0, -12.0, 2.5),)),
-    # Goal, top-left and bottom-left of the drawn map (section 5.2; where the corners lie is not published).
-    "maze2d-missing-data-large-v1": dict(
-        reward_bias=-1.0, data_subset=500_000,
-        remove_discs=((3.5, -3.0, 1.5), (-4.5, 3.0, 1.5), (-4.5, -3.0, 2.0))),
-    "hammer-truncated-expert-v1": dict(truncate_episodes=20),
-}
-# === end shared block: baseline tasks ===
-# The offline phase is IQL's: Table 4, and the official IQL configs where it says nothing.
-ADROIT_IQL = dict(offline_steps=25_000, expectile=0.8, dropout=0.1, q_reward_bounds=(-1.0, 5.0))
-KITCHEN_IQL = dict(offline_steps=1_000_000, temperature=0.5, dropout=0.1)
-IQL_OF = {"kitchen": KITCHEN_IQL, "antmaze": dict(expectile=0.9, temperature=10.0), "maze2d": dict(expectile=0.9),
-          "hammer": dict(offline_steps=50_000, expectile=0.8, log_std_min=-2.0)}
-TASKS = {env_id: {**row, **IQL_OF.get(env_id.split("-")[0], ADROIT_IQL)} for env_id, row in BASELINE_TASKS.items()}
-
-
-def parse_args(argv=None):
-    return parse_command_line(Args, TASKS, BUDGETS, SCRIPT, __doc__, argv)
-
-
-def check_args(args):
-    """Exit 2 with one line for values that cannot work together."""
-    check_times(args, "save_at")
-    check_limits(args, dict(offline_steps=0, learning_starts=0, inv_temperature=0))
-    for name in ("offline_ratio", "epsilon"):
-        if not 0 <= getattr(args, name) <= 1:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name):g} is a share: give a number from 0 to 1")
-
-
-# === shared block: command line ===
-NOT_SETTINGS = ("resume", "track", "wandb_project", "wandb_mode", "runs_dir", "video")  # may change at --resume
-
-
-def parse_command_line(args_class, tasks, budgets, script, description, argv=None):
-    """The dataclass of a script's settings: its defaults < the task's row < the settings of the --exploit-only or
-    --eval-only run < the command line; then --scale multiplies the fields named in budgets."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    first = tyro.cli(args_class, args=[a for a in argv if a not in ("-h", "--help")])
-    if source := getattr(first, "exploit_only", "") or first.eval_only:
-        saved = args_class(**read_config(source, script)["args"])
-        # The source's intervals and budgets are kept; its name must not be taken, so the script's own is the default.
-        default = replace(saved, exp_name=args_class.exp_name, runs_dir=args_class.runs_dir, resume=False, track=False)
-    else:
-        if first.env_id not in tasks:
-            near = difflib.get_close_matches(first.env_id, tasks, n=1, cutoff=0.0)[0]
-            fail(f"unknown --env-id {first.env_id!r}; did you mean {near}? Tasks: {', '.join(tasks)}")
-        default = args_class(**{"env_id": first.env_id, **tasks[first.env_id]})
-    args = tyro.cli(args_class, args=argv, default=default, description=description)
-    if args.scale <= 0:
-        fail(f"--scale {args.scale:g} must be above 0")
-
-    def scaled(value):
-        if isinstance(value, tuple):
-            return tuple(map(scaled, value))
-        return max(1, round(value * args.scale)) if value > 0 else value
-
-    return replace(args, **{name: scaled(getattr(args, name)) for name in budgets}, scale=1.0)
-
-
-def check_times(args, name):
-    """Exit 2 with one line unless the field's environment steps rise and lie inside the online budget."""
-    times, flag = getattr(args, name), f"--{name.replace('_', '-')}"
-    bad_t = [t for t in times if not 0 < t <= args.online_steps]
-    if bad_t:
-        fail(f"{flag} {bad_t[0]} lies outside the online budget of {args.online_steps} steps (--online-steps)")
-    if list(times) != sorted(set(times)):
-        fail(f"{flag} must rise: {' '.join(map(str, times))}")
-
-
-def check_limits(args, lowest):
-    """Exit 2 with one line for a value below its least: those that every script has, and lowest {field: least}."""
-    if not 0 <= args.gamma < 1:
-        fail(f"--gamma {args.gamma:g} must be at least 0 and below 1")
-    if args.cudagraphs and torch.device(pick_device(args.device)).type != "cuda":
-        fail("--cudagraphs needs a CUDA device; leave it out on the CPU")
-    lowest = {**dict.fromkeys(("seed", "online_steps", "truncate_episodes", "data_subset"), 0), **dict.fromkeys(
-        ("torch_threads", "eval_episodes", "batch_size", "log_every", "eval_every", "checkpoint_every"), 1), **lowest}
-    for name, low in lowest.items():
-        if getattr(args, name) < low:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)} is too small; the least is {low}")
-
-
-# === end shared block: command line ===
-
-
-# === shared block: run directory and metrics ===
-def fail(message, code=2) -> NoReturn:
-    """Say in one line on stderr what was wrong and what to do, and exit."""
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
-    raise SystemExit(code)
-
-
-SEED_FOR = {name: i for i, name in enumerate(("training episode", "evaluation", "subset", "retraining", "eval-only"))}
-
-
-def derive_seed(seed, purpose, index=0):
-    """An independent 32-bit seed for each (seed, purpose, index)."""
-    return int(np.random.SeedSequence([seed, SEED_FOR[purpose], index]).generate_state(1)[0])
-
-
-def pick_device(name):
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-
-
-def setup_torch(args):
-    """Device, threads, matmul precision and seed; returns (device, precision that was chosen)."""
-    try:
-        device = torch.device(pick_device(args.device))
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        fail(f"--device {args.device}: {str(error).splitlines()[0]}")
-    if args.compile and device.type == "cpu":
-        from torch._inductor.cpp_builder import get_cpp_compiler
-
-        try:
-            get_cpp_compiler()
-        except RuntimeError:
-            fail("--compile needs a C++ compiler on the CPU, and there is none: install g++, or leave --compile out")
-    torch.set_num_threads(args.torch_threads)
-    torch.manual_seed(args.seed)
-    precision = args.matmul_precision
-    if precision == "auto":
-        # On CPUs without bf16 units "medium" picks a faster kernel that is still exact float32; elsewhere it rounds.
-        generator = torch.Generator().manual_seed(0)
-        a, b = (torch.randn(256, 256, generator=generator) for _ in range(2))
-        torch.set_float32_matmul_precision("medium")
-        error = ((a @ b).double() - a.double() @ b.double()).norm() / (a.double() @ b.double()).norm()
-        precision = "medium" if device.type == "cpu" and error < 1e-6 else "highest"
-    torch.set_float32_matmul_precision(precision)
-    return device, precision
-
-
-def read_config(run_dir, script):
-    """config.json of a run of `script`; exit 2 if RUN_DIR is not the directory of one."""
-    path = Path(run_dir) / "config.json"
-    try:
-        config = json.loads(path.read_text())
-        if config["script"] != script:
-            fail(f"{run_dir} is a run of {config['script']}; give a run of {script}")
-        tuples = lambda value: tuple(map(tuples, value)) if isinstance(value, list) else value  # noqa: E731
-        return {**config, "args": {name: tuples(value) for name, value in config["args"].items()}}
-    except OSError as error:
-        fail(f"{run_dir} is not a run directory: cannot read {path.name} ({error.strerror}); give the folder of a run")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        fail(f"{path} is not the config of a run; give the folder of a run")
-
-
-def provenance(device, precision):
-    """What a number needs beside it: versions, commit, hardware, command."""
-    packages = ("torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari")
-    commit = None
-    with suppress(OSError, subprocess.SubprocessError):
-        here = Path(__file__).resolve().parent
-        git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"],
-                             capture_output=True, text=True, timeout=10)
-        commit = git.stdout.strip() or None
-    cpu = platform.processor() or platform.machine()
-    with suppress(OSError):
-        cpu = next((x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), cpu)
-    return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "commit": commit,
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
-        "hardware": {
-            "cpu": cpu,
-            "cores": os.cpu_count(),
-            "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-            "threads": torch.get_num_threads(),
-            "matmul_precision": precision,
-        },
-    }
-
-
-class Run:
-    """A run directory: config.json, metrics.jsonl and evals.jsonl (the same bytes for the same seed on the same
-    machine), timing.jsonl (what differs each time: wall-clock seconds, steps per second)."""
-
-    FILES = ("metrics.jsonl", "evals.jsonl")
-
-    def __init__(self, path, config, track=None):
-        """track: keyword arguments of wandb.init, or None."""
-        self.path, self.wandb = Path(path), None
-        self.path.mkdir(parents=True, exist_ok=True)
-        if track:
-            try:
-                import wandb
-
-                run_id = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:16]
-                self.wandb = wandb.init(id=run_id, name=self.path.name, dir=self.path, config=config,
-                                        resume="allow", **track)
-            except Exception as error:  # no key, no network, not installed
-                with suppress(OSError):
-                    self.path.rmdir()
-                fail(f"--track: wandb cannot start ({error}); log in, use --wandb-mode offline, or leave --track out")
-        atomic_write(self.path / "config.json", json.dumps(config, indent=1).encode())
-        self.files = {name: open(self.path / name, "ab", buffering=0) for name in (*self.FILES, "timing.jsonl")}
-
-    def log(self, file, record):
-        """Append one record (a line of JSON) to a file, and to wandb."""
-        self.files[file].write(json.dumps(record).encode() + b"\n")
-        if self.wandb:
-            prefix = record["phase"] + "/"
-            self.wandb.log({prefix + k: v for k, v in record.items() if isinstance(v, (int, float))})
-
-    def offsets(self):
-        """Bytes of each reproducible file, on disk for good: where a checkpoint lets the files end."""
-        for name in self.FILES:
-            os.fsync(self.files[name].fileno())
-        return {name: os.path.getsize(self.path / name) for name in self.FILES}
-
-    def truncate(self, offsets):
-        for name in self.FILES:
-            if os.path.getsize(self.path / name) < offsets[name]:
-                fail(f"{self.path / name} is shorter than its checkpoint says; the run cannot be resumed")
-            self.files[name].truncate(offsets[name])
-
-
-class NonFiniteLoss(Exception):
-    """A loss became NaN or infinite; the message names step and tensor."""
-
-
-class LossHistory:
-    """The scalars of every update since the last record, kept on the device so that no update waits for the host."""
-
-    def __init__(self):
-        self.names, self.rows = (), []
-
-    def add(self, losses):
-        """losses: dict of 0-d tensors, the same names every time."""
-        self.names = tuple(losses)
-        self.rows.append(torch.stack([value.detach().float() for value in losses.values()]))
-
-    def check(self, last_step):
-        """Raise NonFiniteLoss naming the first bad update; last_step is the step of the newest row."""
-        if not self.rows:
-            return None
-        table = torch.stack(self.rows).cpu()
-        bad = (~torch.isfinite(table)).nonzero()
-        if len(bad):
-            row, column = bad[0].tolist()
-            step = last_step - len(self.rows) + 1 + row
-            raise NonFiniteLoss(f"{self.names[column]} is {table[row, column].item()} at step {step}")
-        return table
-
-    def means(self, last_step):
-        """Mean of each scalar since the last call, after the check; {} when there was no update."""
-        table = self.check(last_step)
-        self.rows = []
-        return {} if table is None else dict(zip(self.names, table.double().mean(0).tolist(), strict=True))
-
-    def state_dict(self):
-        return {"names": list(self.names), "rows": torch.stack(self.rows).cpu() if self.rows else None}
-
-    def load_state_dict(self, state, device):
-        self.names = tuple(state["names"])
-        self.rows = [] if state["rows"] is None else list(state["rows"].to(device))
-
-
-# === end shared block: run directory and metrics ===
-
-
-# === shared block: environments ===
-@dataclass(frozen=True)
-class Task:
-    """A task of the paper on today's packages. score_range: D4RL's (random, expert) returns, None where the score is
-    something else (normalized_score). goal: maze coordinates (x, y) of the cell (row 7, column 9). threshold: sparse
-    locomotion, without offline data, pays 1 in every step beyond this x."""
+# === tasks ===
+class Task(NamedTuple):
+    """A task of the paper on today's packages, and what it changes in Args."""
 
     family: str
     gym_id: str
-    horizon: int
-    datasets: tuple[str, ...]
-    kwargs: dict = field(default_factory=dict)
-    score_range: tuple[float, float] | None = None
-    goal: tuple[float, float] | None = None
-    threshold: float | None = None
+    horizon: int  # steps of an episode
+    datasets: tuple[str, ...]  # Minari ids; ID:N for its first N episodes
+    kwargs: dict  # of gym.make
+    settings: dict  # overrides of Args
+    score: tuple[str, float, float] = ("success", 0.0, 1.0)  # what an episode scores, its 0 and its 100 (D4RL's)
+    goal_cell: tuple[int, int] | None = None  # (row, column) of the maze
 
 
-def _kitchen(*subtasks):
-    # Noise 0.1 is the level of the D4RL environment; the reward counts completed tasks, nothing terminates.
-    return dict(tasks_to_complete=list(subtasks), remove_task_when_completed=True,
-                terminate_on_tasks_completed=False, robot_noise_ratio=0.1, object_noise_ratio=0.1)
+# Settings are those of IQL's exploration (iql_ooo.py). Adroit data: 90% of 25 demonstrations and of 500 rollouts of
+# their clone, in file order. Kitchen: noise 0.1 is D4RL's, the reward counts completed tasks.
+def adroit(name, horizon):
+    return Task(
+        name, f"AdroitHand{name.title()}-v1", horizon, (f"D4RL/{name}/human-v2:22", f"D4RL/{name}/cloned-v2:450"), {},
+        dict(offline_steps=25_000, online_steps=1_000_000, save_at=(250_000, 500_000, 750_000, 1_000_000),
+             expectile=0.8, dropout=0.1, q_reward_bounds=(-1.0, 5.0)))
 
 
-_ABCD = _kitchen("microwave", "kettle", "light switch", "slide cabinet")
-_MIXED = _kitchen("microwave", "kettle", "bottom burner", "light switch")
-_MAZE = dict(continuing_task=True, reset_target=False)  # the wrapper owns goal, reward and termination
-# Adroit data: 90% of 25 demonstrations and of 500 rollouts of their clone, in file order, as the official IQL loads it.
-ENVIRONMENTS = {
-    "pen-binary-v0": Task("pen", "AdroitHandPen-v1", 100, ("D4RL/pen/human-v2:22", "D4RL/pen/cloned-v2:450")),
-    "door-binary-v0": Task("door", "AdroitHandDoor-v1", 200, ("D4RL/door/human-v2:22", "D4RL/door/cloned-v2:450")),
-    "relocate-binary-v0": Task(
-        "relocate", "AdroitHandRelocate-v1", 200, ("D4RL/relocate/human-v2:22", "D4RL/relocate/cloned-v2:450")),
-    "kitchen-partial-v0": Task("kitchen", "FrankaKitchen-v1", 1000, ("D4RL/kitchen/partial-v2",), _ABCD),
-    "kitchen-mixed-v0": Task("kitchen", "FrankaKitchen-v1", 1000, ("D4RL/kitchen/mixed-v2",), _MIXED),
-    "kitchen-complete-v0": Task("kitchen", "FrankaKitchen-v1", 1000, ("D4RL/kitchen/complete-v2",), _ABCD),
+def kitchen(name, *subtasks):
+    return Task(
+        "kitchen", "FrankaKitchen-v1", 1000, (f"D4RL/kitchen/{name}-v2",),
+        dict(tasks_to_complete=list(subtasks), remove_task_when_completed=True, terminate_on_tasks_completed=False,
+             robot_noise_ratio=0.1, object_noise_ratio=0.1),
+        dict(offline_steps=1_000_000, online_steps=4_000_000, save_at=(1_000_000, 2_000_000, 3_000_000, 4_000_000),
+             temperature=0.5, dropout=0.1, reward_bias=-4.0, mask_reward=4.0), ("max_reward", 0.0, 4.0))
+
+
+MAZE = dict(reward_bias=-1.0, expectile=0.9)
+
+
+def maze2d(name, horizon, low, high, goal_cell, **settings):
+    return Task("maze2d", f"PointMaze_{name}-v3", horizon, (f"D4RL/pointmaze/{name.lower()}-v2",),
+                dict(continuing_task=True, reset_target=False), MAZE | settings, ("return", low, high), goal_cell)
+
+
+TASKS = {
+    "pen-binary-v0": adroit("pen", 100),
+    "door-binary-v0": adroit("door", 200),
+    "relocate-binary-v0": adroit("relocate", 200),
+    "kitchen-partial-v0": kitchen("partial", "microwave", "kettle", "light switch", "slide cabinet"),
+    "kitchen-mixed-v0": kitchen("mixed", "microwave", "kettle", "bottom burner", "light switch"),
+    "kitchen-complete-v0": kitchen("complete", "microwave", "kettle", "light switch", "slide cabinet"),
     "antmaze-goal-missing-large-v2": Task(
         "antmaze", "AntMaze_Large-v5", 1000, ("D4RL/antmaze/large-diverse-v1",),
-        dict(_MAZE, include_cfrc_ext_in_observation=False), (0.0, 1.0), (14.0, -12.0)),
-    "maze2d-missing-data-large-v1": Task(
-        "maze2d", "PointMaze_Large-v3", 800, ("D4RL/pointmaze/large-v2",), _MAZE, (6.7, 273.99), (3.5, -3.0)),
+        dict(continuing_task=True, reset_target=False, include_cfrc_ext_in_observation=False),
+        dict(MAZE, temperature=10.0, online_steps=1_500_000, remove_discs=((14.0, -12.0, 2.5),),
+             save_at=(500_000, 750_000, 1_000_000, 1_250_000, 1_500_000)), ("return", 0.0, 1.0), (7, 9)),
+    # Discs: goal, top-left and bottom-left of the drawn map (section 5.2; where the corners lie is not published).
+    "maze2d-missing-data-large-v1": maze2d(
+        "Large", 800, 6.7, 273.99, (7, 9), data_subset=500_000,
+        remove_discs=((3.5, -3.0, 1.5), (-4.5, 3.0, 1.5), (-4.5, -3.0, 2.0))),
     "hammer-truncated-expert-v1": Task(
-        "hammer", "AdroitHandHammer-v1", 200, ("D4RL/hammer/expert-v2",), {}, (-274.856578, 12794.134825156867)),
-    "ant-sparse-v2": Task(
-        "ant", "Ant-v5", 1000, (),
-        dict(include_cfrc_ext_in_observation=False, exclude_current_positions_from_observation=False,
-             terminate_when_unhealthy=False), threshold=10.0),
-    "halfcheetah-sparse-v2": Task("halfcheetah", "HalfCheetah-v5", 1000, (), threshold=20.0),
+        "hammer", "AdroitHandHammer-v1", 200, ("D4RL/hammer/expert-v2",), {},
+        dict(offline_steps=50_000, truncate_episodes=20, expectile=0.8, log_std_min=-2.0),
+        ("return", -274.856578, 12794.134825156867)),
+    # Not of the paper: small mazes to try things on, with D4RL's goals, horizons and score ranges.
+    "maze2d-missing-data-umaze-v1": maze2d("UMaze", 300, 23.85, 161.86, (1, 1), remove_discs=((-1.0, 1.0, 1.0),)),
+    "maze2d-missing-data-medium-v1": maze2d("Medium", 600, 13.13, 277.39, (6, 6), remove_discs=((2.5, -2.5, 1.5),)),
 }
+
+
+# === arguments ===
+@dataclass
+class Args:
+    # --- experiment ---
+    env_id: Literal[tuple(TASKS)] = "hammer-truncated-expert-v1"  # task
+    seed: int = 1  # seed of everything random in the run
+    exp_name: str = Path(__file__).stem  # middle part of the run directory's name
+    runs_dir: str = "runs"  # folder of the run directories
+    scale: float = 1.0  # multiplies every budget and interval (steps, not episodes or batch size)
+    device: str = "auto"  # auto (cuda if there is one), cpu, cuda or cuda:N
+    torch_threads: int = 1  # CPU threads of torch; several runs side by side use a machine better than one with many
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products; medium may round to bf16
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of the updates; auto: where it saves time
+    cudagraphs: bool = False  # replay the updates as CUDA graphs (cuda only)
+    resume: bool = False  # continue the run of the same name from its last checkpoint
+    eval_only: str = ""  # RUN_DIR of a run: evaluate its last saved policy, train nothing
+    video: bool = False  # with --eval-only: also record three episodes as mp4 (MUJOCO_GL=osmesa or egl: no display)
+    # --- task and data ---
+    dataset_id: tuple[str, ...] = ()  # Minari ids, each optionally ID:N for its first N episodes (default: the task's)
+    dataset_path: str = ""  # an .npz with D4RL's keys instead of Minari data
+    truncate_episodes: int = 0  # keep the first N transitions of every offline episode (0: all)
+    data_subset: int = 0  # keep N random offline transitions (0: all); drawn before discs are removed
+    remove_discs: tuple[tuple[float, float, float], ...] = ()  # X Y RADIUS ...: offline transitions inside are removed
+    kitchen_cumulative: bool = False  # kitchen's offline rewards count tasks ever completed, not those that hold now
+    reward_scale: float = 1.0  # sampled rewards are (r + reward_bias) * reward_scale; stored rewards stay raw
+    reward_bias: float = 0.0  # see reward_scale
+    mask_reward: float | None = None  # if set, masks are 0 exactly where the raw reward equals this (kitchen: 4)
+    # --- phases ---
+    offline_steps: int = 500_000  # offline phase: gradient steps of IQL on D_off
+    init_from: str = ""  # RUN_DIR of an iql_ooo.py run without the bonus, or of pex.py: its offline phase instead
+    online_steps: int = 500_000  # online phase: environment steps
+    learning_starts: int = 5_000  # environment steps before the first update; then one update a step
+    save_at: tuple[int, ...] = (250_000, 500_000)  # environment steps t whose policy is saved and scored, and the last
+    eval_every: int = 50_000  # steps of the phase under way between evaluations
+    eval_episodes: Annotated[int, tyro.conf.arg(aliases=["--episodes"])] = 100  # episodes of one evaluation
+    log_every: int = 1_000  # steps between records of losses
+    checkpoint_every: int = 10_000  # steps between checkpoints; online at the next end of an episode
+    # --- IQL, and PEX's Q, V and pi_theta ---
+    batch_size: int = 256  # transitions of one gradient step
+    learning_rate: float = 3e-4  # Adam's rate for actor, critic and value
+    gamma: float = 0.99  # discount
+    tau: float = 0.005  # Polyak rate of the target critic, per gradient step
+    hidden_dims: tuple[int, ...] = (256, 256)  # hidden layers of actor, critic and value
+    expectile: float = 0.7  # IQL's tau in (0.5, 1): closer to 1 means closer to a max over actions
+    temperature: float = 3.0  # multiplies the advantage in exp(temperature * A); the paper's beta (Table 4)
+    dropout: float = 0.0  # offline phase: dropout rate of the actor's hidden layers, in the actor loss only
+    log_std_min: float = -5.0  # lower clip of both policies' log standard deviation (upper: 2)
+    q_reward_bounds: tuple[float, float] | None = None  # Q targets clipped to these rewards / (1 - gamma)
+    # --- PEX ---
+    inv_temperature: float = 10.0  # inverse temperature of the choice between the two policies' actions by their Q
+    offline_ratio: float = 0.5  # share of each online batch that is drawn from the offline data
+    epsilon: float = 0.1  # evaluation: probability of a sample of pi_theta, and, drawn apart, of a choice by softmax
+    # --- tracking ---
+    track: bool = False  # send metrics to wandb as well
+    wandb_project: str | None = None  # unset: $WANDB_PROJECT, or ooo
+    wandb_mode: Literal["online", "offline", "disabled"] | None = None  # unset: $WANDB_MODE, or online
+
+
+BUDGETS = ("offline_steps", "online_steps", "learning_starts", "save_at", "eval_every", "log_every",
+           "checkpoint_every")  # --scale multiplies these
+TINY = 1e-9  # open ends of intervals
+RANGES = {  # closed interval of every number in Args (None is allowed where it is the default; NaN lies in none)
+    (0, 2**32 - 1): "seed",
+    (0, 10**10): "truncate_episodes data_subset offline_steps learning_starts",
+    (1, 10**10): "online_steps save_at eval_every log_every checkpoint_every",
+    (1, 2**16): "eval_episodes batch_size",
+    (1, 4096): "torch_threads hidden_dims",
+    (TINY, 1e6): "scale temperature",
+    (-1e9, 1e9): "remove_discs reward_bias mask_reward q_reward_bounds",
+    (TINY, 1.0): "learning_rate tau",
+    (0.0, 1 - TINY): "gamma dropout",
+    (TINY, 1 - TINY): "expectile",
+    (0.0, 1.0): "offline_ratio epsilon",
+    (0.0, 1e6): "reward_scale inv_temperature",
+    (-20.0, 2.0): "log_std_min",
+}
+
+
+def mistakes(args):
+    """What else cannot be: (is wrong, message) pairs."""
+    last = max(args.save_at, default=0)
+    return (
+        (list(args.save_at) != sorted(set(args.save_at)), "--save-at must rise"),
+        (last > args.online_steps, f"--save-at {last} lies outside the online budget of {args.online_steps} steps"),
+        (args.q_reward_bounds and args.q_reward_bounds[0] > args.q_reward_bounds[1], "--q-reward-bounds must rise"),
+    )
+
+
+def count_updates(args):
+    """Gradient steps of the whole run."""
+    return (0 if args.init_from else args.offline_steps) + max(0, args.online_steps - args.learning_starts)
+
+
+# === shared block: networks ===
+class MLP(nn.Module):
+    """Orthogonal linear layers of the given sizes with ReLU (and dropout) between them; the last one is linear."""
+
+    def __init__(self, dims):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(dims[:-1], dims[1:], strict=True))
+        for layer in self.layers:
+            nn.init.orthogonal_(layer.weight, gain=2**0.5)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x, dropout=0.0):
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x), inplace=True)
+            x = F.dropout(x, dropout) if dropout else x
+        return self.layers[-1](x)
+
+
+class Critic(nn.Module):
+    """Two Q(s, a) as batched products: (batch, obs_dim), (batch, act_dim) -> (2, batch)."""
+
+    def __init__(self, obs_dim, act_dim, hidden_dims, num_qs=2):
+        super().__init__()
+        dims = (obs_dim + act_dim, *hidden_dims, 1)
+        pairs = list(zip(dims[:-1], dims[1:], strict=True))
+        self.weights = nn.ParameterList([torch.empty(num_qs, i, o) for i, o in pairs])
+        self.biases = nn.ParameterList([torch.zeros(num_qs, 1, o) for _, o in pairs])
+        for weight in self.weights:
+            for member in weight.data:
+                nn.init.orthogonal_(member, gain=2**0.5)
+
+    def forward(self, observations, actions):
+        x = torch.cat([observations, actions], dim=-1).expand(len(self.weights[0]), -1, -1)
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = torch.baddbmm(bias, x, weight)
+            x = F.relu(x, inplace=True) if i < len(self.weights) - 1 else x
+        return x.squeeze(-1)
+
+
+class Actor(nn.Module):
+    """Diagonal Gaussian with a state-independent log_std. IQL: mean = tanh(net), not squashed, actions clipped.
+    squash (TD3): action = tanh(net + std * noise)."""
+
+    def __init__(self, obs_dim, act_dim, hidden_dims, log_std_min=-5.0, squash=False):
+        super().__init__()
+        self.net = MLP((obs_dim, *hidden_dims, act_dim))
+        self.log_std = nn.Parameter(torch.zeros(act_dim))
+        self.log_std_min, self.squash = log_std_min, squash
+
+    def log_prob(self, observations, actions, dropout=0.0):
+        """log pi(a|s) of the unsquashed Gaussian, shape (batch,)."""
+        log_std = self.log_std.clamp(self.log_std_min, 2.0)
+        z = (actions - self.net(observations, dropout).tanh()) / log_std.exp()
+        return -(0.5 * z.square() + log_std + 0.5 * np.log(2 * np.pi)).sum(-1)
+
+    def act(self, observations, noise=0.0, dropout=0.0):
+        """Actions in [-1, 1], shape (batch, act_dim); noise: standard normal, or 0 for the mean."""
+        mean = self.net(observations, dropout)
+        spread = self.log_std.clamp(self.log_std_min, 2.0).exp() * noise
+        return (mean + spread).tanh() if self.squash else (mean.tanh() + spread).clamp(-1.0, 1.0)
+
+
+# === end shared block: networks ===
+
+
+# === shared block: iql agent ===
+class Agent(nn.Module):
+    """The networks of one IQL (or TD3) agent and their optimisers."""
+
+    def __init__(self, obs_dim, act_dim, hidden_dims, learning_rate, device, **actor_options):
+        super().__init__()
+        self.options = dict(obs_dim=obs_dim, act_dim=act_dim, hidden_dims=list(hidden_dims), **actor_options)
+        self.actor = Actor(obs_dim, act_dim, hidden_dims, **actor_options)
+        self.critic, self.critic_target = (Critic(obs_dim, act_dim, hidden_dims) for _ in range(2))
+        self.critic_target.load_state_dict(self.critic.state_dict())
+        self.critic_target.requires_grad_(False)
+        self.value = MLP((obs_dim, *hidden_dims, 1))
+        self.to(device)
+        adam = dict(lr=learning_rate, fused=True, capturable=device.type == "cuda")
+        self.value_optimizer = torch.optim.Adam(self.value.parameters(), **adam)
+        self.optimizer = torch.optim.Adam([*self.critic.parameters(), *self.actor.parameters()], **adam)
+        self.optimizers = (self.value_optimizer, self.optimizer)
+
+    @torch.no_grad()
+    def act(self, obs, sample=False):
+        """One numpy observation to one numpy action in [-1, 1]: a sample, or the mean."""
+        device = self.actor.log_std.device
+        noise = torch.randn(len(self.actor.log_std), device=device) if sample else 0.0
+        return self.actor.act(torch.from_numpy(obs).to(device)[None], noise)[0].cpu().numpy()
+
+    @torch.no_grad()
+    def update_target(self, tau):
+        torch._foreach_lerp_(list(self.critic_target.parameters()), list(self.critic.parameters()), tau)
+
+
+# === end shared block: iql agent ===
+
+
+# === the expanded policy ===
+class PEXAgent(nn.Module):
+    """The frozen policy of the offline phase, the learnt one, and Q and V, which go on from it; new optimisers."""
+
+    def __init__(self, obs_dim, act_dim, hidden_dims, learning_rate, device, log_std_min, inv_temperature, epsilon):
+        super().__init__()
+        self.options = dict(obs_dim=obs_dim, act_dim=act_dim, hidden_dims=list(hidden_dims), log_std_min=log_std_min,
+                            inv_temperature=inv_temperature, epsilon=epsilon)
+        self.actor, self.offline_actor = (Actor(obs_dim, act_dim, hidden_dims, log_std_min) for _ in range(2))
+        self.critic, self.critic_target = (Critic(obs_dim, act_dim, hidden_dims) for _ in range(2))
+        self.value = MLP((obs_dim, *hidden_dims, 1))
+        self.offline_actor.requires_grad_(False)
+        self.critic_target.requires_grad_(False)
+        self.inv_temperature, self.epsilon = inv_temperature, epsilon
+        self.to(device)
+        adam = dict(lr=learning_rate, fused=True, capturable=device.type == "cuda")
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), **adam)
+        self.optimizer = torch.optim.Adam([*self.critic.parameters(), *self.value.parameters()], **adam)
+        self.optimizers = (self.actor_optimizer, self.optimizer)
+
+    def take_over(self, offline):
+        """Policy, Q and V of the Agent of the offline phase."""
+        self.offline_actor.load_state_dict(offline.actor.state_dict())
+        for name in ("critic", "critic_target", "value"):
+            getattr(self, name).load_state_dict(getattr(offline, name).state_dict())
+
+    @torch.no_grad()
+    def propose(self, observations, noise=0.0):
+        """Both policies' actions (2, batch, act_dim), the frozen one's first, not clipped, and their Q (2, batch).
+        noise: standard normal (batch, act_dim) of the learnt policy, or 0 for its mean."""
+        std = self.actor.log_std.clamp(self.actor.log_std_min, 2.0).exp()
+        learnt = self.actor.net(observations).tanh() + std * noise
+        actions = torch.stack([self.offline_actor.act(observations), learnt])
+        return actions, torch.stack([self.critic(observations, a).amin(0) for a in actions])
+
+    def probabilities(self, q):
+        """Boltzmann over the two actions' Q: the probability of playing each; q and result: (2, batch)."""
+        return (self.inv_temperature * q).softmax(0)
+
+    @torch.no_grad()
+    def compose(self, observations, noise, uniform):
+        """Actions (batch, act_dim) that the expanded policy draws, and whether they are the learnt policy's (batch,).
+        uniform: draws in [0, 1), shape (batch,)."""
+        actions, q = self.propose(observations, noise)
+        from_learnt = uniform >= self.probabilities(q)[0]
+        return torch.where(from_learnt[:, None], actions[1], actions[0]), from_learnt
+
+    @torch.no_grad()
+    def act(self, obs, sample=False):
+        """One numpy observation to one numpy action in [-1, 1]: drawn from the expanded policy, or (sample=False) as
+        PEX evaluates it: the learnt policy's mean and the larger Q, but for two draws of probability epsilon."""
+        device = self.actor.log_std.device
+        noise = torch.randn(1, len(self.actor.log_std), device=device)
+        uniform, first, second = torch.rand(3).tolist()
+        actions, q = self.propose(torch.from_numpy(obs).to(device)[None], noise * (sample or first < self.epsilon))
+        drawn = uniform >= self.probabilities(q)[0] if sample or second < self.epsilon else q[1] > q[0]
+        return actions[int(drawn), 0].clamp(-1.0, 1.0).cpu().numpy()
+
+    @torch.no_grad()
+    def update_target(self, tau):
+        torch._foreach_lerp_(list(self.critic_target.parameters()), list(self.critic.parameters()), tau)
+
+
+# === shared block: iql update ===
+def expectile_loss(diff, expectile):
+    """IQL eq. 5: |expectile - 1{diff < 0}| * diff^2, averaged. diff = Q_target(s, a) - V(s), shape (batch,)."""
+    weight = torch.where(diff > 0, expectile, 1.0 - expectile)
+    return (weight * diff.square()).mean()
+
+
+def iql_update(agent, batch, bonus=0.0, *, expectile, temperature, gamma, tau, dropout=0.0, q_min=-np.inf,
+               q_max=np.inf):
+    """One IQL update (paper eq. 1 to 3): V, then Q and the policy. batch: observations, actions, rewards, masks,
+    next_observations; bonus: scaled intrinsic rewards (batch,), or 0. Returns detached scalars."""
+    observations, actions = batch["observations"], batch["actions"]
+    # One pass of the target critic serves V and the policy: both want it as it was before this update's EMA.
+    with torch.no_grad():
+        q_target = agent.critic_target(observations, actions)
+    # --- V: expectile regression toward the (bounded) target Q ---
+    v = agent.value(observations).squeeze(-1)
+    value_loss = expectile_loss(q_target.clamp(q_min, q_max).amin(0) - v, expectile)
+    agent.value_optimizer.zero_grad()
+    value_loss.backward()
+    agent.value_optimizer.step()
+    # --- Target: the new V; masks is 0 only at true terminals. The bonus comes after the clip (official code) ---
+    with torch.no_grad():
+        next_v, v = agent.value(torch.cat([batch["next_observations"], observations])).squeeze(-1).chunk(2)
+        target = (batch["rewards"] + gamma * batch["masks"] * next_v).clamp(q_min, q_max) + bonus
+    # --- Q: mean over the ensemble and the batch ---
+    q = agent.critic(observations, actions)
+    critic_loss = (q - target).square().mean()
+    # --- Policy: advantage-weighted regression (eq. 3); the advantage is not clipped to the bounds ---
+    advantage = q_target.amin(0) - v
+    weight = (temperature * advantage).exp().clamp(max=100.0)
+    actor_loss = -(weight * agent.actor.log_prob(observations, actions, dropout)).mean()
+    agent.optimizer.zero_grad()
+    (critic_loss + actor_loss).backward()  # no parameter is in both
+    agent.optimizer.step()
+    agent.update_target(tau)
+    return {"losses/value": value_loss.detach(), "losses/critic": critic_loss.detach(),
+            "losses/actor": actor_loss.detach(), "losses/q_mean": q.detach().mean(), "losses/v_mean": v.mean(),
+            "losses/advantage_mean": advantage.mean()}
+
+
+# === end shared block: iql update ===
+
+
+# === pex update ===
+def pex_update(agent, batch, *, expectile, temperature, gamma, tau, q_min=-np.inf, q_max=np.inf, noise=None,
+               uniform=None):
+    """One online update of PEX: V and Q as in IQL, then the learnt policy on the actions that the expanded one draws.
+    noise: standard normal (batch, act_dim), uniform: draws in [0, 1), shape (batch,), None draws them. Returns detached
+    scalars; pex/learnt_share is the share of those actions that are the learnt policy's."""
+    observations, actions = batch["observations"], batch["actions"]
+    with torch.no_grad():
+        q_target = agent.critic_target(observations, actions).clamp(q_min, q_max).amin(0)
+        next_v = agent.value(batch["next_observations"]).squeeze(-1)  # before V's step, as in PEX's code
+        target = (batch["rewards"] + gamma * batch["masks"] * next_v).clamp(q_min, q_max)
+    # --- V: expectile regression; Q: mean over the ensemble and the batch ---
+    value_loss = expectile_loss(q_target - agent.value(observations).squeeze(-1), expectile)
+    q = agent.critic(observations, actions)
+    critic_loss = (q - target).square().mean()
+    agent.optimizer.zero_grad()
+    (value_loss + critic_loss).backward()  # no parameter is in both
+    agent.optimizer.step()
+    agent.update_target(tau)
+    # --- Policy: advantage-weighted regression on composed actions, not on those of the batch ---
+    noise = torch.randn_like(actions) if noise is None else noise
+    uniform = torch.rand(len(actions), device=actions.device) if uniform is None else uniform
+    composed, from_learnt = agent.compose(observations, noise, uniform)
+    with torch.no_grad():
+        v = agent.value(observations).squeeze(-1)
+        advantage = agent.critic_target(observations, composed).amin(0) - v
+        weight = (temperature * advantage).exp().clamp(max=100.0)
+    actor_loss = -(weight * agent.actor.log_prob(observations, composed)).mean()
+    agent.actor_optimizer.zero_grad()
+    actor_loss.backward()
+    agent.actor_optimizer.step()
+    return {"losses/value": value_loss.detach(), "losses/critic": critic_loss.detach(),
+            "losses/actor": actor_loss.detach(), "losses/q_mean": q.detach().mean(), "losses/v_mean": v.mean(),
+            "losses/advantage_mean": advantage.mean(), "pex/learnt_share": from_learnt.float().mean()}
+
+
+def make_update(args, buffer, agent):
+    """update(rows) -> losses: one gradient step of IQL, or of PEX, on raw buffer rows (batch, width)."""
+    low, high = args.q_reward_bounds or (-np.inf, np.inf)
+    options = dict(expectile=args.expectile, temperature=args.temperature, gamma=args.gamma, tau=args.tau,
+                   q_min=low / (1 - args.gamma), q_max=high / (1 - args.gamma))
+
+    def update(rows):
+        batch = buffer.split(rows)
+        raw = batch["rewards"]
+        batch["masks"] = 1.0 - batch["terminations"] if args.mask_reward is None else (raw != args.mask_reward).float()
+        batch["rewards"] = (raw + args.reward_bias) * args.reward_scale
+        if isinstance(agent, PEXAgent):
+            return pex_update(agent, batch, **options)
+        return iql_update(agent, batch, dropout=args.dropout, **options)
+
+    return faster(args, update)
+
+
+# === algorithm ===
+def pretrain(run, buffer, agent, eval_env):
+    """Offline phase: IQL on D_off."""
+    args, p, last = run.args, run.progress, run.args.offline_steps
+    update = make_update(args, buffer, agent)
+    for step in progress_bar("pretrain", p["grad_step"], last):
+        if step == 0:
+            evaluate_and_log(run, eval_env, agent, "pretrain", 0, 0)
+        run.seed("pretrain", step)
+        losses = update(buffer.sample(args.batch_size, buffer.offline_size))
+        p["grad_step"] = step = step + 1
+        if due(step, args.log_every, last):
+            run.log_losses("pretrain", 0, step, losses)
+        if due(step, args.eval_every, last):
+            evaluate_and_log(run, eval_env, agent, "pretrain", 0, step)
+        if step == last:
+            save_policy(run, agent, "pretrained.pt")
+        if due(step, args.checkpoint_every, last) or run.signal:
+            run.checkpoint(offline=agent)
+
+
+def train(run, buffer, agent, env, eval_env):
+    """Online phase: act with the expanded policy, store, and one update a step on half offline, half online data. At
+    --save-at and at the end the policy is saved and scored."""
+    args, p, saved = run.args, run.progress, run.progress["env_step"]
+    update = make_update(args, buffer, agent)
+    online_share = args.batch_size - round(args.batch_size * args.offline_ratio)
+    online_rows = torch.arange(buffer.offline_size, len(buffer.data), device=run.device)
+    if p["env_step"] == 0:
+        evaluate_and_log(run, eval_env, agent, "online", 0, p["grad_step"])
+    bar = progress_bar("online", p["env_step"], args.online_steps)
+    while p["env_step"] < args.online_steps:
+        obs, _ = env.reset(seed=derive_seed(args.seed, "training episode", p["episode"]))
+        episode, done = {"return": 0.0, "length": 0, "success": False}, False
+        while not done and p["env_step"] < args.online_steps:
+            run.seed("online", p["env_step"])
+            action = agent.act(obs, sample=True)
+            next_obs, reward, terminated, truncated, info = env.step(action)
+            run.append("replay.bin", buffer.add(
+                observations=obs, actions=action, rewards=reward, next_observations=next_obs,
+                terminations=terminated, episodes=buffer.offline_episodes + p["episode"]))
+            obs, done = next_obs, terminated or truncated
+            episode = {"return": episode["return"] + reward, "length": episode["length"] + 1,
+                       "success": episode["success"] or info["success"]}
+            p["env_step"] = t = p["env_step"] + 1
+            bar.update()
+            if t > args.learning_starts:
+                losses = update(buffer.sample(args.batch_size, buffer.offline_size, online_rows[:t], online_share))
+                p["grad_step"] += 1
+                if t % args.log_every == 0:
+                    run.log_losses("online", t, p["grad_step"], losses)
+            wanted = t in args.save_at or t == args.online_steps
+            if t % args.eval_every == 0 or wanted:
+                summary = evaluate_and_log(run, eval_env, agent, "online", t, p["grad_step"])
+            if wanted:
+                p["scores"][f"policy {t}"] = summary
+                save_policy(run, agent, f"policy_{t}.pt")
+        p["episode"] += 1
+        run.log("metrics.jsonl", "online", p["env_step"], p["grad_step"],
+                **{f"charts/episodic_{key}": value for key, value in episode.items()})
+        if p["env_step"] == args.online_steps or p["env_step"] - saved >= args.checkpoint_every or run.signal:
+            run.checkpoint(agent=agent)
+            saved = p["env_step"]
+    bar.close()
+
+
+SOURCES = ("iql_ooo", "pex")
+SAME_AS_SOURCE = ("env_id", "intrinsic_reward_scale", "hidden_dims", "gamma", "expectile", "temperature", "log_std_min",
+                  "q_reward_bounds", "reward_scale", "reward_bias", "mask_reward")  # for Q and pi_beta to mean the same
+
+
+def read_source(args):
+    """config.json of --init-from; exit 2 if its pretraining was not the offline phase of this run."""
+    config = read_config(args.init_from, SOURCES)
+    was, now = ({"intrinsic_reward_scale": 0.0} | each for each in (config["args"], asdict(args)))
+    if missing := {"seed", "offline_steps", *SAME_AS_SOURCE} - was.keys():
+        fail(f"--init-from {args.init_from}: its config.json has no {' '.join(sorted(missing))}; give another run")
+    if changed := [name for name in SAME_AS_SOURCE if was[name] != now[name]]:
+        values = ", ".join(f"--{name.replace('_', '-')} was {was[name]}, here it is {now[name]}" for name in changed)
+        fail(f"--init-from {args.init_from} was pretrained with other settings: {values}; make them the same")
+    return config
+
+
+def main(args):
+    if args.eval_only:
+        return evaluate_saved(args, "policy")
+    # Build, and go back to the last checkpoint; nothing is written before all of it has worked.
+    source = read_source(args) if args.init_from else None
+    run = Run(args, grad_step=source["args"]["offline_steps"] if source else 0, env_step=0, episode=0, scores={})
+    if source:
+        run.data_seed, run.data_sha256 = source["args"]["seed"], source["dataset"]["sha256"]
+    env, eval_env = make_env(args.env_id), make_env(args.env_id)
+    data, dataset = load_dataset(args, env, run.data_seed)
+    buffer = ReplayBuffer(data, args.online_steps, run.device)
+    buffer.extend(run.read_replay(buffer.width))
+    run.seed("networks")
+    dims = (buffer.obs_dim, buffer.act_dim, args.hidden_dims, args.learning_rate, run.device)
+    offline = Agent(*dims, log_std_min=args.log_std_min)
+    agent = PEXAgent(*dims, args.log_std_min, args.inv_temperature, args.epsilon)
+    if source:
+        offline.load_state_dict(load_torch(Path(args.init_from) / "pretrained.pt", run.device, SOURCES)["agent"])
+    run.restore(offline=offline, agent=agent)
+    run.begin(dataset, buffer.columns)
+
+    if not source:
+        pretrain(run, buffer, offline, eval_env)
+    if run.progress["env_step"] == 0:
+        agent.take_over(offline)
+    train(run, buffer, agent, env, eval_env)
+    return report(run, ("policy",))
+
+
+def save_policy(run, agent, name):
+    """A policy that load_policy (and nothing else) needs. No observations are normalised; actions are the
+    environment's, in [-1, 1]. All networks: for --init-from and those who analyse the values."""
+    save_torch(run.path / name, {"script": SCRIPT, "env_id": run.args.env_id, "options": agent.options,
+                                 "observation_normalization": None, "agent": agent.state_dict()})
+
+
+def load_policy(path):
+    """The agent of a file of save_policy, on the CPU; agent.act(obs) is its action in evaluation, numpy to numpy."""
+    content = load_torch(path, torch.device("cpu"))
+    kind = PEXAgent if "epsilon" in content["options"] else Agent
+    agent = kind(**content["options"], learning_rate=0.0, device=torch.device("cpu"))
+    agent.load_state_dict(content["agent"])
+    return agent
+
+
+# Below is plumbing: command line, evaluation, replay, environments, dataset, run directory. Nothing of the method.
+
+
+# === shared block: tasks and data ===
+# --- evaluation ---
+def evaluate(env, agent, episodes, seed, frames=None):
+    """Episodes of agent.act(obs): a list of dicts, and their means under the names of the metrics. The score is the
+    paper's: success, kitchen tasks / 4, or D4RL's score, x 100. Start states and draws depend on the seed alone."""
+    key, low, high = env.task.score
+    results = []
+    for i in range(episodes):
+        torch.manual_seed(derive_seed(seed, "evaluation policy", i))
+        obs, _ = env.reset(seed=derive_seed(seed, "evaluation", i))
+        episode, done = {"return": 0.0, "length": 0, "success": False, "max_reward": -float("inf")}, False
+        while not done:
+            if frames is not None:
+                frames.append(env.render())
+            obs, reward, terminated, truncated, info = env.step(agent.act(obs))
+            done = terminated or truncated
+            episode["return"] += reward
+            episode["length"] += 1
+            episode["success"] |= info["success"]
+            episode["max_reward"] = max(episode["max_reward"], reward)
+        results.append(episode)
+    mean = {name: float(np.mean([episode[name] for episode in results])) for name in ("return", "success", key)}
+    return results, {"eval/return": mean["return"], "eval/success_rate": mean["success"],
+                     "eval/normalized_score": 100 * (mean[key] - low) / (high - low), "eval/episodes": episodes}
+
+
+def evaluate_and_log(run, env, agent, phase, env_step, grad_step):
+    """Evaluate without sampling; means go to metrics.jsonl, every episode to evals.jsonl. Returns the means."""
+    start = time.perf_counter()
+    episodes, summary = evaluate(env, agent, run.args.eval_episodes, run.args.seed)
+    run.log("metrics.jsonl", phase, env_step, grad_step, **summary)
+    run.log("evals.jsonl", phase, env_step, grad_step, episodes=episodes)
+    run.clock += time.perf_counter() - start  # evaluation is not training time
+    return summary
+
+
+def evaluate_saved(args, kind):
+    """--eval-only: the run's last policy `kind`_T.pt on start states that training never saw; --video records some."""
+    folder = Path(args.eval_only)
+    times = [int(match[1]) for path in folder.iterdir() if (match := re.fullmatch(rf"{kind}_(\d+)\.pt", path.name))]
+    if not times:
+        fail(f"{folder} has no policy {kind}_*.pt yet; finish the run first (--resume)")
+    setup_torch(replace(args, compile="off"))
+    path, seed = folder / f"{kind}_{max(times)}.pt", derive_seed(args.seed, "eval-only")
+    agent = load_policy(path)
+    if args.video:
+        import imageio
+
+        try:
+            env, frames = make_env(args.env_id, "rgb_array"), []
+            evaluate(env, agent, min(3, args.eval_episodes), seed, frames)
+        except Exception as error:  # GL back ends fail in many ways
+            fail(f"cannot render ({error}); set MUJOCO_GL=egl, or MUJOCO_GL=osmesa with libosmesa6 installed")
+        temporary = path.with_suffix(".tmp.mp4")
+        imageio.mimwrite(temporary, frames, fps=env.metadata.get("render_fps", 30), macro_block_size=2)
+        os.replace(temporary, path.with_suffix(".mp4"))
+        print(f"video: {path.with_suffix('.mp4')} ({len(frames)} frames)")
+    episodes, summary = evaluate(make_env(args.env_id), agent, args.eval_episodes, seed)
+    result = {"policy": path.name, **summary, "per_episode": episodes}
+    atomic_write(path.with_name(f"{path.stem}_eval.json"), json.dumps(result, indent=1).encode())
+    print("  ".join(f"{key} {value:.4g}" for key, value in summary.items()))
+    return summary
+
+
+def report(run, policies):
+    """The table of the policies' scores {"policy env_step": means of evaluate}, also in results.json."""
+    scores = run.progress["scores"]
+    rows = [{"env_step": t, **{name: scores.get(f"{name} {t}") for name in policies}}
+            for t in sorted({int(name.split()[1]) for name in scores})]
+    atomic_write(run.path / "results.json", json.dumps({"env_id": run.args.env_id, "rows": rows}, indent=1).encode())
+    print(f"\n{run.args.env_id}, seed {run.args.seed}, {run.args.eval_episodes} episodes: score (success rate)")
+    print(f"{'env step':>10}" + "".join(f"{name:>20}" for name in policies))
+    for row in rows:
+        cells = [f"{s['eval/normalized_score']:.1f} ({s['eval/success_rate']:.1%})" if s else "-"
+                 for s in (row[name] for name in policies)]
+        print(f"{row['env_step']:>10}" + "".join(f"{cell:>20}" for cell in cells))
+    print(f"saved in {run.path}")
+    return rows
+
+
+# --- replay buffer ---
+class ReplayBuffer:
+    """Append-only transitions on the training device, as they came (raw rewards). One row holds all columns side by
+    side, so that a batch is a single gather and an online step a single copy; no call waits for the device."""
+
+    def __init__(self, data, online_steps, device):
+        """data: {column: float32 array (n, ...)}, the offline data; room for online_steps more rows."""
+        self.columns, self.width = {}, 0
+        for name, value in data.items():
+            size = value.shape[1] if value.ndim > 1 else 1
+            self.columns[name] = slice(self.width, self.width + size) if value.ndim > 1 else self.width
+            self.width += size
+        self.obs_dim, self.act_dim = data["observations"].shape[1], data["actions"].shape[1]
+        self.offline_size, self.offline_episodes = len(data["rewards"]), int(data["episodes"].max(initial=-1)) + 1
+        self.size, self.row = self.offline_size, np.empty(self.width, np.float32)
+        capacity = self.offline_size + online_steps
+        need = capacity * self.width * 4
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        if need > 0.95 * free:
+            fail(f"the replay buffer needs {need / 2**30:.2f} GiB for {capacity} transitions, {device} has "
+                 f"{free / 2**30:.2f} GiB free; lower --online-steps or --data-subset, or use another device")
+        self.data = torch.empty((capacity, self.width), device=device)
+        for name, column in self.columns.items():
+            self.data[: self.size, column] = torch.as_tensor(data[name]).to(device)
+
+    def extend(self, rows):
+        """Append rows (n, width)."""
+        self.data[self.size : self.size + len(rows)] = torch.as_tensor(rows).to(self.data.device)
+        self.size += len(rows)
+
+    def add(self, **transition):
+        """Append one transition; returns its row as bytes."""
+        for name, column in self.columns.items():
+            self.row[column] = transition[name]
+        self.extend(self.row[None])
+        return self.row.tobytes()
+
+    def sample(self, batch_size, first=None, high=(), extra=0):
+        """Rows (batch_size, width) drawn uniformly from the first `first` transitions (None: all), `extra` of them from
+        the indices `high` instead."""
+        rows = torch.randint(first or self.size, (batch_size - extra,), device=self.data.device)
+        if extra:
+            rows = torch.cat([rows, high[torch.randint(len(high), (extra,), device=self.data.device)]])
+        return self.data.index_select(0, rows)
+
+    def split(self, rows):
+        """Views of the columns of rows (n, width): {column: (n,) or (n, dim)}."""
+        return {name: rows[:, column] for name, column in self.columns.items()}
+
+    def first(self, n):
+        return self.split(self.data[:n])
+
+    def last(self, n):
+        """The last n online transitions, or as many as there are."""
+        return self.split(self.data[max(self.offline_size, self.size - n) : self.size])
+
+
+# --- environments and datasets ---
 GOAL_RADIUS = 0.5  # D4RL's in both mazes; gymnasium-robotics uses 0.45
 ANTMAZE_DATA_GOAL_OFFSET = (0.75, -0.75)  # mean of the goals drawn by TaskEnv.reset
 
@@ -540,8 +784,8 @@ def flatten_observation(task, obs):
 
 def task_reward(task, next_obs, reward, goal=None):
     """(reward, success) of the paper's task for transitions into next_obs (..., obs_dim), reward as the package gives
-    it (...). Kitchen's reward must already count tasks, sparse locomotion's be the x position (the cheetah does not
-    observe it). Formulas: D4RL, mj_envs and the official code."""
+    it (...). Kitchen's reward must already count tasks, sparse locomotion's be metres of x beyond the goal (the cheetah
+    does not observe x). Formulas: D4RL, mj_envs and the official code."""
     o = next_obs
     if task.family == "pen":
         success = (np.linalg.norm(o[..., 39:42], axis=-1) < 0.075) & ((o[..., 33:36] * o[..., 36:39]).sum(-1) > 0.95)
@@ -555,12 +799,10 @@ def task_reward(task, next_obs, reward, goal=None):
         # gymnasium-robotics 1.2.1 to 1.4.2 add 0.1 |palm - hammer|, D4RL subtracts it. Only success pays +100.
         reward = reward - 0.2 * np.linalg.norm(o[..., 33:36] - o[..., 36:39], axis=-1)
         return reward, reward > 50
-    elif task.threshold is not None:
-        success = np.asarray(reward) > task.threshold
-        return success.astype(np.float64), success
     else:
-        success = np.linalg.norm(o[..., :2] - np.asarray(goal), axis=-1) <= GOAL_RADIUS
-        return success.astype(np.float64), success
+        locomotion = task.family in ("ant", "halfcheetah")
+        success = reward > 0 if locomotion else np.linalg.norm(o[..., :2] - np.asarray(goal), axis=-1) <= GOAL_RADIUS
+        return np.float64(success), success
     return success - 1.0, success
 
 
@@ -570,9 +812,11 @@ class TaskEnv(gym.Wrapper):
 
     def __init__(self, env, task):
         super().__init__(env)
-        self.task, self.rng, self.goal = task, np.random.default_rng(0), None
+        self.task, self.rng, self.goal, self.center = task, np.random.default_rng(0), None, None
         obs = flatten_observation(task, env.observation_space.sample())
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, obs.shape, np.float32)
+        if task.goal_cell:
+            self.center = env.unwrapped.maze.cell_rowcol_to_xy(np.array(task.goal_cell))
         if task.family == "antmaze":  # D4RL's noise: +-0.1 on position and joints, N(0, 0.1^2) on velocities
             env.unwrapped.position_noise_range, env.unwrapped.ant_env._reset_noise_scale = 0.0, 0.1
         elif task.family == "maze2d":
@@ -581,18 +825,16 @@ class TaskEnv(gym.Wrapper):
     def reset(self, *, seed=None, options=None):
         if seed is not None:
             self.rng = np.random.default_rng(seed)
-        options = dict(options or {})
-        if self.task.goal:
-            self.goal, start = np.array(self.task.goal), (1, 1)
+        if self.task.goal_cell:
+            self.goal, start = self.center, (1, 1)
             if self.task.family == "antmaze":  # D4RL draws the (unobserved) goal anew for each episode
                 offset = self.rng.uniform(0, 1, 2) + self.rng.uniform(0, 0.5, 2)
-                self.goal = self.goal + offset * (1, -1)
-            else:  # any of the 46 free cells, the goal's included
-                free = [(i, j) for i, row in enumerate(self.unwrapped.maze.maze_map)
-                        for j, cell in enumerate(row) if cell != 1]
+                self.goal = self.center + offset * (1, -1)
+            else:  # any free cell, the goal's included
+                free = np.argwhere(self.free_cells())
                 start = free[self.rng.integers(len(free))]
-            options |= {"goal_cell": np.array([7, 9]), "reset_cell": np.array(start)}
-        obs, info = self.env.reset(seed=seed, options=options or None)
+            options = {"goal_cell": np.array(self.task.goal_cell), "reset_cell": np.array(start)}
+        obs, _ = self.env.reset(seed=seed, options=options)
         if self.task.family == "maze2d":
             point = self.unwrapped.point_env
             point.set_state(point.data.qpos.copy(), 0.1 * self.rng.standard_normal(2))
@@ -604,18 +846,36 @@ class TaskEnv(gym.Wrapper):
         obs = flatten_observation(self.task, obs)
         if self.task.family == "kitchen":
             reward = float(len(info["episode_task_completions"]))
-        elif self.task.threshold is not None:
-            reward = info["x_position"]
+        elif self.task.family in ("ant", "halfcheetah"):
+            reward = info["x_position"] - self.task.goal_x
         reward, success = task_reward(self.task, obs, reward, self.goal)
         terminated = self.task.family == "antmaze" and bool(success)
         return obs, float(reward), terminated, truncated, {"success": bool(success)}
 
+    def free_cells(self):
+        """(rows, columns) of booleans: where a maze has no wall."""
+        return np.array([[cell != 1 for cell in row] for row in self.unwrapped.maze.maze_map])
+
+    def in_walls(self, positions):
+        """(n,) of booleans: which positions (n, 2) lie in a wall of the maze, or outside it."""
+        maze, free = self.unwrapped.maze, np.pad(self.free_cells(), 1)
+        rows = np.floor((maze.y_map_center - positions[:, 1]) / maze.maze_size_scaling) + 1
+        columns = np.floor((positions[:, 0] + maze.x_map_center) / maze.maze_size_scaling) + 1
+        rows, columns = (np.clip(c, 0, n - 1).astype(int) for c, n in zip((rows, columns), free.shape, strict=True))
+        return ~free[rows, columns]
+
 
 def make_env(env_id, render_mode=None):
     """The task's environment; actions in [-1, 1]."""
-    task = ENVIRONMENTS[env_id]
+    task = TASKS[env_id]
     with redirect_stderr(io.StringIO()):  # the package prints a notice about the sign that task_reward corrects
-        import gymnasium_robotics
+        try:
+            import gymnasium_robotics
+        except Exception:  # MUJOCO_GL names a back end that does not work here; only videos need one
+            if render_mode:
+                raise
+            os.environ["MUJOCO_GL"] = "disable"
+            import gymnasium_robotics
 
         gym.logger.min_level = gym.logger.ERROR
         gym.register_envs(gymnasium_robotics)
@@ -624,33 +884,14 @@ def make_env(env_id, render_mode=None):
     return TaskEnv(env, task)
 
 
-def normalized_score(task, episode):
-    """The paper's number for one episode (dict of evaluate): success, kitchen tasks / 4, or D4RL's score, x 100."""
-    if task.family == "kitchen":
-        return 100.0 * episode["max_reward"] / 4
-    if task.score_range is None:
-        return 100.0 * episode["success"]
-    low, high = task.score_range
-    return 100.0 * (episode["return"] - low) / (high - low)
-
-
-# === end shared block: environments ===
-
-
-# === shared block: dataset ===
 def open_minari(dataset_id):
     """A Minari dataset from the local store, or downloaded if the server answers; else exit 2."""
     import minari
 
-    root = os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets"
-    if (Path(root) / dataset_id / "data").exists():
-        try:
-            dataset = minari.load_dataset(dataset_id)
-            next(iter(dataset.iterate_episodes()))  # opens the data file
-            return dataset
-        except Exception as error:  # h5py, json and minari raise many kinds for a damaged store
-            fail(f"dataset {dataset_id} in {root} cannot be read ({error}); delete it there and get it again")
+    root = Path(os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets")
     try:
+        if (root / dataset_id / "data").exists():
+            return minari.load_dataset(dataset_id)
         import urllib.request
 
         from huggingface_hub import constants
@@ -658,604 +899,338 @@ def open_minari(dataset_id):
         urllib.request.urlopen(constants.ENDPOINT, timeout=5).close()  # one quick try; minari itself retries for long
         with redirect_stderr(io.StringIO()):
             return minari.load_dataset(dataset_id, download=True)
-    except Exception as error:  # whatever the server, the client or the id did wrong, the remedy is the same
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        fail(f"dataset {dataset_id} is not in the local store {root} and cannot be downloaded ({reason}); set "
-             f"MINARI_DATASETS_PATH to a store that has it, or run `minari download {dataset_id}` on a machine with "
-             f"network and copy it, or give --dataset-id or --dataset-path")
+    except Exception as error:  # the store, the server or the id can be wrong in many ways; what to do is the same
+        fail(f"dataset {dataset_id} cannot be had from the store {root} or by download ({type(error).__name__}: "
+             f"{error}); run `minari download {dataset_id}` where there is a network and set MINARI_DATASETS_PATH, or "
+             "give --dataset-id or --dataset-path; or type `make run`, which makes its own small data")
 
 
-def read_minari(task, dataset_ids, kitchen_cumulative):
-    """Transitions of Minari datasets ('ID' or 'ID:N' episodes), episode after episode, rewards as stored (kitchen:
-    counted from the goals). An episode that an earlier dataset already holds is not taken again."""
-    columns, seen = {}, set()
+def check_columns(source, obs_dim, act_dim, **columns):
+    """The columns as float32 arrays of equal length; exit 2 for another length, rank or width, NaN or infinity."""
+    widths = {"observations": (obs_dim,), "next_observations": (obs_dim,), "actions": (act_dim,)}
+    n = len(columns["rewards"])
+    for name, value in columns.items():
+        shape = (n, *widths.get(name, ()))
+        try:
+            with np.errstate(over="ignore"):  # what float32 cannot hold is infinite
+                columns[name] = value = np.asarray(value).astype(np.float32, casting="same_kind", copy=False)
+        except (TypeError, ValueError) as error:
+            fail(f"{source}: {name} are not numbers ({error})")
+        if value.shape != shape:
+            fail(f"{source}: {name} have shape {value.shape}, beside {n} rewards it must be {shape}; give a dataset of "
+                 "this task")
+        if not np.isfinite(value).all():
+            row = (~np.isfinite(value)).reshape(n, -1).any(1).argmax()
+            fail(f"{source}: NaN or infinity in {name}, first in row {row}; remove it")
+    return columns
+
+
+def check_origin(dataset_id, dataset, env):
+    """Exit 2 if the dataset's own description says that it is of another environment, or of another maze."""
+    spec = dataset.spec.env_spec
+    if spec is None:
+        return
+    base = re.sub(r"-v\d+$", "", env.task.gym_id)
+    walls = [[cell == 1 for cell in row] for row in spec.kwargs.get("maze_map", ())]
+    if not spec.id.startswith(base) or walls and not np.array_equal(walls, ~env.free_cells()):
+        fail(f"dataset {dataset_id} is of {spec.id}, this task is {env.task.gym_id}; give a dataset of it")
+
+
+def read_minari(args, env, dataset_ids):
+    """Columns of Minari datasets ('ID' or 'ID:N' episodes), episode after episode, rewards as stored (kitchen: counted
+    from the goals). An episode that an earlier dataset already holds is not taken again."""
+    task, episodes, seen = env.task, [], set()
     for spec in dataset_ids:
         dataset_id, _, limit = spec.partition(":")
-        if limit and not limit.isdigit():
+        if limit and not re.fullmatch("[1-9][0-9]*", limit):
             fail(f"--dataset-id {spec}: what follows the colon must be a number of episodes")
+        dataset = open_minari(dataset_id)
+        check_origin(dataset_id, dataset, env)
         taken, here = 0, set()
-        for episode in open_minari(dataset_id).iterate_episodes():
-            digest = hashlib.sha256(np.ascontiguousarray(episode.actions).tobytes()).digest()
-            here.add(digest)
-            if digest in seen or (limit and taken >= int(limit)):
-                continue
-            taken += 1
-            rewards = np.asarray(episode.rewards, np.float64)
-            try:
-                observations = flatten_observation(task, episode.observations)
+        try:
+            for episode in dataset.iterate_episodes():
+                here.add(digest := hashlib.sha256(np.ascontiguousarray(episode.actions).tobytes()).digest())
+                if digest in seen or (limit and taken >= int(limit)):
+                    continue
+                taken += 1
+                observations, rewards = flatten_observation(task, episode.observations), episode.rewards
                 if task.family == "kitchen":
                     achieved, desired = episode.observations["achieved_goal"], episode.observations["desired_goal"]
-                    done = np.stack([np.linalg.norm(achieved[t][1:] - desired[t][1:], axis=-1) < 0.3
+                    done = np.stack([np.linalg.norm(achieved[t] - desired[t], axis=-1)[1:] < 0.3
                                      for t in task.kwargs["tasks_to_complete"]])
-                    rewards = (np.maximum.accumulate(done, axis=1) if kitchen_cumulative else done).sum(0)
-            except (KeyError, IndexError, TypeError) as error:
-                fail(f"dataset {dataset_id} has not the observations of {task.gym_id} ({error!r}); "
-                     "give a dataset of this task")
-            rows = dict(observations=observations[:-1], actions=episode.actions, rewards=rewards,
-                        next_observations=observations[1:], terminations=episode.terminations,
-                        episodes=np.full(len(rewards), len(columns.get("episodes", ()))))
-            for name, value in rows.items():
-                columns.setdefault(name, []).append(value)
+                    rewards = (np.maximum.accumulate(done, axis=1) if args.kitchen_cumulative else done).sum(0)
+                where = f"dataset {dataset_id}, episode {episode.id}"
+                episodes.append(check_columns(
+                    where, *env.observation_space.shape, *env.action_space.shape, observations=observations[:-1],
+                    actions=episode.actions, rewards=rewards, next_observations=observations[1:],
+                    episodes=np.full(len(rewards), len(episodes))))
+        except Exception as error:  # h5py and pyarrow raise many kinds; another task's observations raise KeyError
+            fail(f"dataset {dataset_id} cannot be read as data of {task.gym_id} ({type(error).__name__}: {error}); "
+                 "give a dataset of this task")
         seen |= here
-    if not columns:
+    if not episodes:
         fail(f"no episode in {' '.join(dataset_ids)}; give another --dataset-id")
-    return {name: np.concatenate(parts) for name, parts in columns.items()}
+    return {name: np.concatenate([episode[name] for episode in episodes]) for name in episodes[0]}
 
 
-def read_npz(path, keep_terminals):
-    """Transitions of an .npz with D4RL's keys. Without next_observations the last step of an episode, whose successor
-    was not recorded, is dropped, unless it is a true terminal (keep_terminals)."""
+def read_npz(args, env):
+    """Columns of an .npz with D4RL's keys. Episodes end at terminals and timeouts, or without timeouts where
+    next_observations do not continue. Without next_observations the last step of an episode is dropped, as its
+    successor was not recorded, unless it is a true terminal (antmaze)."""
+    path, family = args.dataset_path, env.task.family
     try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(i.file_size for i in archive.infolist() if Path(i.filename).stem in D4RL_KEYS)
+        if size > 0.5 * psutil.virtual_memory().available:
+            fail(f"--dataset-path {path} needs {size / 2**30:.1f} GiB, too much for this machine; give a part of it")
         with np.load(path, allow_pickle=False) as file:
-            data = {name: file[name] for name in file.files}
-    except (OSError, ValueError, TypeError, EOFError, BadZipFile) as error:
-        fail(f"--dataset-path {path} cannot be read as .npz without pickle ({error})")
-    missing = [k for k in ("observations", "actions", "rewards", "terminals") if k not in data]
-    if missing:
+            data = {name: file[name] for name in D4RL_KEYS if name in file.files}
+    except Exception as error:  # zipfile and numpy raise many kinds for a damaged file
+        fail(f"--dataset-path {path} cannot be read as .npz without pickle ({type(error).__name__}: {error})")
+    if missing := [name for name in D4RL_KEYS[:4] if name not in data]:
         fail(f"--dataset-path {path} has no {', '.join(missing)}; D4RL's keys are needed")
-    n = data["rewards"].size
-    for name in {"observations", "actions", "rewards", "terminals", "timeouts", "next_observations"} & set(data):
-        if data[name].dtype.kind not in "bfiu" or data[name].ndim == 0 or len(data[name]) != n or n < 2:
-            fail(f"--dataset-path {path}: {name} must be an array of numbers as long as rewards, 2 or more")
-    terminations = data["terminals"].astype(bool).reshape(n)
-    ends = terminations | (data["timeouts"].astype(bool).reshape(n) if "timeouts" in data else False)
-    columns = dict(observations=data["observations"], actions=data["actions"], rewards=data["rewards"].reshape(n),
-                   terminations=terminations, episodes=np.concatenate([[0], np.cumsum(ends)[:-1]]))
-    if "next_observations" in data:
-        columns["next_observations"] = data["next_observations"]
-        return columns
-    columns["next_observations"] = np.where(ends[:, None], data["observations"], np.roll(data["observations"], -1, 0))
-    keep = ~ends | (terminations & keep_terminals)
-    keep[-1] &= ends[-1]
-    return {name: value[keep] for name, value in columns.items()}
-
-
-def load_dataset(env_id, env, *, dataset_ids=(), dataset_path="", truncate_episodes=0, data_subset=0, remove_discs=(),
-                 kitchen_cumulative=False, seed=0):
-    """The task's offline data and a report. Returns ({column: float32 array (n, ...)}, dict). Columns: observations,
-    actions, rewards (raw), next_observations, terminations, episodes (index of the episode). Order: read, check,
-    truncate, relabel, subset, remove discs."""
-    task = ENVIRONMENTS[env_id]
-    if task.threshold is not None:
-        if dataset_path or dataset_ids:
-            fail(f"{env_id} is learnt without offline data; leave --dataset-id and --dataset-path out")
-        shapes = dict(observations=env.observation_space.shape, actions=env.action_space.shape, rewards=(),
-                      next_observations=env.observation_space.shape, terminations=(), episodes=())
-        none = {name: np.zeros((0, *shape), np.float32) for name, shape in shapes.items()}
-        return none, {"source": "none", "transitions": 0, "sha256": hashlib.sha256().hexdigest()}
-    if dataset_path:
-        data = read_npz(dataset_path, task.family == "antmaze")
-    else:
-        data = read_minari(task, dataset_ids or task.datasets, kitchen_cumulative)
-    source = dataset_path or " + ".join(dataset_ids or task.datasets)
-    spaces = {"observations": env.observation_space.shape, "next_observations": env.observation_space.shape,
-              "actions": env.action_space.shape}
-    for name, shape in spaces.items():
-        if data[name].shape[1:] != shape:
-            fail(f"{source}: {name} have shape {data[name].shape[1:]}, {env_id} needs {shape}; give a dataset of it")
-    data = {name: np.asarray(value, np.float32) for name, value in data.items()}
+    if not {"timeouts", "next_observations"} & set(data):
+        fail(f"--dataset-path {path} has neither timeouts nor next_observations: where episodes end cannot be told")
     for name, value in data.items():
-        if not np.isfinite(value).all():
-            rows = (~np.isfinite(value)).reshape(len(value), -1).any(1)
-            fail(f"{source}: NaN or infinity in {name} of {rows.sum()} transitions, first {rows.argmax()}; clean it")
-    report = {"source": source, "transitions_read": len(data["rewards"])}
+        if name not in ("observations", "actions", "next_observations"):
+            data[name] = value[:, 0] if value.ndim == 2 and value.shape[1] == 1 else value
+        elif family == "kitchen" and name != "actions" and value.ndim == 2 and value.shape[1] == 60:
+            data[name] = value[:, :30]  # D4RL appends the constant goal
+    if any(np.ndim(data[name]) == 0 for name in data) or len(data["rewards"]) < 2:
+        fail(f"--dataset-path {path} needs columns of 2 transitions or more")
+    data = check_columns(path, *env.observation_space.shape, *env.action_space.shape, **data)
+    observations, terminals, n = data["observations"], data["terminals"] > 0, len(data["rewards"])
+    if "timeouts" in data:
+        ends = terminals | (data["timeouts"] > 0)
+    else:
+        ends = terminals | np.append((data["next_observations"][:-1] != observations[1:]).any(1), True)
+    if not ends[:-1].any() and n > env.task.horizon:
+        fail(f"--dataset-path {path} marks no end of an episode in {n} transitions; {env.task.horizon} are one")
+    keep = np.ones(n, bool)
+    if "next_observations" not in data:
+        data["next_observations"] = np.where(ends[:, None], observations, np.roll(observations, -1, 0))
+        keep = ~ends | (terminals & (family == "antmaze"))
+        keep[-1] &= ends[-1]
+    data["episodes"] = np.append(0, np.cumsum(ends)[:-1]).astype(np.float32)
+    names = ("observations", "actions", "rewards", "next_observations", "episodes")
+    return {name: data[name][keep] for name in names}
 
-    if truncate_episodes:
+
+D4RL_KEYS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
+
+
+def load_dataset(args, env, seed):
+    """The task's offline data, {column: float32 (n, ...)}, and a report. Columns: observations, actions, rewards (raw),
+    next_observations, terminations, episodes. Order: read, check, truncate, relabel, subset (drawn by seed), remove
+    discs."""
+    task, npz = env.task, args.dataset_path
+    source = npz or " + ".join(args.dataset_id or task.datasets)
+    data = read_npz(args, env) if npz else read_minari(args, env, args.dataset_id or task.datasets)
+    report = {"source": source, "transitions_read": len(data["rewards"])}
+    if args.truncate_episodes:
         starts = np.flatnonzero(np.diff(data["episodes"], prepend=-1))
         position = np.arange(len(data["rewards"])) - np.repeat(starts, np.diff([*starts, len(data["rewards"])]))
-        data = {name: value[position < truncate_episodes] for name, value in data.items()}
+        data = {name: value[position < args.truncate_episodes] for name, value in data.items()}
         report["removed_by_truncation"] = report["transitions_read"] - len(data["rewards"])
-    if not dataset_path or task.family not in ("kitchen", "hammer"):  # an .npz of D4RL has D4RL's dense rewards
-        goal = task.goal
-        if task.family == "antmaze":
-            goal = np.add(goal, ANTMAZE_DATA_GOAL_OFFSET)
+    if npz and task.family in ("kitchen", "hammer"):  # an .npz of D4RL has D4RL's dense rewards
+        success = data["rewards"] >= (4 if task.family == "kitchen" else 50)
+    else:
+        goal = env.center if task.family != "antmaze" else env.center + ANTMAZE_DATA_GOAL_OFFSET
         rewards, success = task_reward(task, data["next_observations"], data["rewards"].astype(np.float64), goal)
         data["rewards"] = rewards.astype(np.float32)
-    else:
-        success = data["rewards"] >= (4 if task.family == "kitchen" else 50)
-    data["terminations"] = success.astype(np.float32) if task.family == "antmaze" else np.zeros_like(data["rewards"])
+    data["terminations"] = success.astype(np.float32) * (task.family == "antmaze")
     report["successful_episodes_before_removal"] = len(np.unique(data["episodes"][success]))
-    if data_subset and data_subset < len(success):
-        keep = np.random.default_rng(derive_seed(seed, "subset")).choice(len(success), data_subset, replace=False)
+    if task.goal_cell:
+        report["positions_in_walls"] = int(env.in_walls(data["observations"][:, :2]).sum())
+        if report["positions_in_walls"]:
+            print(f"warning: {source}: {report['positions_in_walls']} positions lie in walls or outside the maze; are "
+                  "they in other coordinates than gymnasium-robotics'?", file=sys.stderr)
+    if args.data_subset and args.data_subset < len(success):
+        rng = np.random.default_rng(derive_seed(seed, "subset"))
+        keep = rng.choice(len(success), args.data_subset, replace=False)
         data, success = {name: value[keep] for name, value in data.items()}, success[keep]
-        report["subset"] = data_subset
-    for x, y, radius in remove_discs:
+        report["subset"] = args.data_subset
+    for x, y, radius in args.remove_discs:
         keep = np.linalg.norm(data["observations"][:, :2] - np.float32([x, y]), axis=-1) > radius
         report.setdefault("removed_by_discs", []).append([x, y, radius, int((~keep).sum())])
+        if keep.all():
+            print(f"warning: --remove-discs {x:g} {y:g} {radius:g} removes nothing", file=sys.stderr)
         data, success = {name: value[keep] for name, value in data.items()}, success[keep]
     if not len(success):
         fail(f"{source}: nothing is left after truncation and removal; check --remove-discs and --truncate-episodes")
-    data["actions"] = np.clip(data["actions"], -1 + 1e-5, 1 - 1e-5)
+    clipped = np.clip(data["actions"], -1 + 1e-5, 1 - 1e-5)
+    report["actions_clipped"] = int((clipped != data["actions"]).any(1).sum())  # transitions
+    data["actions"] = clipped
     digest = hashlib.sha256()
     for name in sorted(data):
         digest.update(np.ascontiguousarray(data[name]))
-    return data, report | {
-        "transitions": len(success),
-        "episodes": len(np.unique(data["episodes"])),
-        "successful_episodes": len(np.unique(data["episodes"][success])),
-        "reward_range": [float(data["rewards"].min()), float(data["rewards"].max())],
-        "sha256": digest.hexdigest(),
-    }
-
-
-# === end shared block: dataset ===
-
-
-# === shared block: replay buffer ===
-class ReplayBuffer:
-    """Append-only transitions on the training device, as they came (raw rewards). One row holds all fields side by
-    side, so that a batch is a single gather and an online step a single copy; no call waits for the device."""
-
-    def __init__(self, shapes, capacity, device):
-        """shapes: {field: ()} for a scalar or {field: (dim,)}. Exit 2 if the memory is not there."""
-        self.columns, width = {}, 0
-        for name, shape in shapes.items():
-            size = shape[0] if shape else 1
-            self.columns[name] = slice(width, width + size) if shape else width
-            width += size
-        need = capacity * width * 4
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-        if need > 0.95 * free:
-            fail(f"the replay buffer needs {need / 2**30:.2f} GiB for {capacity} transitions, {device} has "
-                 f"{free / 2**30:.2f} GiB free; lower --online-steps or --data-subset, or use another device")
-        self.bytes, self.size, self.row = need, 0, np.empty(width, np.float32)
-        self.data = torch.empty((capacity, width), device=device)
-
-    def extend(self, columns):
-        """Append n rows: {field: float32 array (n, ...)}."""
-        n = len(next(iter(columns.values())))
-        if self.size + n > len(self.data):
-            raise IndexError(f"{self.size} + {n} rows are more than the capacity of {len(self.data)}")
-        for name, column in self.columns.items():
-            self.data[self.size : self.size + n, column] = torch.as_tensor(columns[name]).to(self.data.device)
-        self.size += n
-
-    def add(self, **transition):
-        """Append one transition; a field that is not given is 0 until it is known."""
-        for name, column in self.columns.items():
-            self.row[column] = transition.get(name, 0.0)
-        self.data[self.size] = torch.from_numpy(self.row)
-        self.size += 1
-
-    def sample(self, batch_size, first=None, extra_rows=None, extra=0):
-        """Rows (batch_size, width) drawn uniformly from the first `first` transitions (None: all), `extra` of them
-        from extra_rows (k,) instead."""
-        rows = torch.randint(first or self.size, (batch_size - extra,), device=self.data.device)
-        if extra:
-            rows = torch.cat([rows, extra_rows[torch.randint(len(extra_rows), (extra,), device=self.data.device)]])
-        return self.data.index_select(0, rows)
-
-    def split(self, rows):
-        """Views of the fields of rows (n, width): {field: (n,) or (n, dim)}."""
-        return {name: rows[:, column] for name, column in self.columns.items()}
-
-    def save_chunk(self, folder, offline_size, start, stop):
-        """Write online transitions [start, stop) as one .npz with the fields as arrays."""
-        folder.mkdir(exist_ok=True)
-        rows = self.split(self.data[offline_size + start : offline_size + stop].cpu().numpy())
-        content = io.BytesIO()
-        np.savez(content, **rows)
-        atomic_write(folder / f"online-{start:09d}-{stop:09d}.npz", content.getvalue())
-
-    def load_chunks(self, folder, count):
-        """Append the first `count` online transitions that save_chunk wrote; exit 2 if they are not all there."""
-        have = 0
-        for path in sorted(Path(folder).glob("online-*.npz")):
-            start, stop = (int(part) for part in path.stem.split("-")[1:])
-            if start != have or have >= count:
-                break
-            try:
-                with np.load(path, allow_pickle=False) as chunk:
-                    self.extend({name: chunk[name][: count - have] for name in self.columns})
-            except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-                fail(f"{path} cannot be read ({error}); the run's replay data is damaged, start it again")
-            have = min(stop, count)
-        if have < count:
-            fail(f"{folder} holds {have} online transitions, {count} are needed; the run's replay data is incomplete")
-
-
-# === end shared block: replay buffer ===
-
-
-# === shared block: optimizer ===
-class Adam:
-    """torch.optim.Adam with its default betas and eps, without that class's bookkeeping in Python, which took a tenth
-    of an IQL update on a CPU, and traceable as a part of one compiled update."""
-
-    def __init__(self, parameters, lr):
-        self.parameters, self.lr = list(parameters), lr
-        self.exp_avg, self.exp_avg_sq = ([torch.zeros_like(p) for p in self.parameters] for _ in range(2))
-        self.step = torch.zeros((), device=self.parameters[0].device)
-
-    def minimize(self, loss):
-        """One step against the gradient of a scalar loss, which every parameter must have a part in."""
-        self.apply(torch.autograd.grad(loss, self.parameters))
-
-    @torch.no_grad()
-    def apply(self, gradients):
-        self.step += 1
-        if not torch.compiler.is_compiling():
-            torch._fused_adam_(self.parameters, list(gradients), self.exp_avg, self.exp_avg_sq, [],
-                               [self.step] * len(self.parameters), lr=self.lr, beta1=0.9, beta2=0.999, eps=1e-8,
-                               weight_decay=0.0, amsgrad=False, maximize=False)
-            return
-        step_size, unbias = self.lr / (1 - 0.9**self.step), (1 - 0.999**self.step).sqrt()
-        for p, g, mean, square in zip(self.parameters, gradients, self.exp_avg, self.exp_avg_sq, strict=True):
-            mean.lerp_(g, 0.1)
-            square.mul_(0.999).addcmul_(g, g, value=0.001)
-            p.sub_(step_size * mean / (square.sqrt() / unbias + 1e-8))
-
-    def state_dict(self):
-        return {"step": self.step, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
-
-    @torch.no_grad()
-    def load_state_dict(self, state):
-        self.step.copy_(state["step"])
-        for mine, saved in zip(self.exp_avg + self.exp_avg_sq, state["exp_avg"] + state["exp_avg_sq"], strict=True):
-            mine.copy_(saved)
-
-
-# === end shared block: optimizer ===
-
-
-# === shared block: networks ===
-def orthogonal_linear(fan_in, fan_out):
-    layer = nn.Linear(fan_in, fan_out)
-    nn.init.orthogonal_(layer.weight, gain=2**0.5)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
-class Dropout(nn.Module):
-    """nn.Dropout with 16 random bits an element (rate exact to 2^-17): its own draws would be a tenth of an update."""
-
-    def __init__(self, rate):
-        super().__init__()
-        self.keep = round((1 - rate) * 65536)
-
-    def forward(self, x):
-        if not self.training or self.keep == 65536:
-            return x
-        bits = torch.randint(-(2**63), 2**63 - 1, ((x.numel() + 3) // 4,), device=x.device)
-        kept = bits.view(torch.int16)[: x.numel()].view_as(x) < self.keep - 32768
-        return x * kept * (65536 / self.keep)
-
-
-def mlp(dims, dropout=0.0):
-    """Linear layers of the given sizes with ReLU (and dropout) between them; the last one is linear."""
-    layers = []
-    for fan_in, fan_out in zip(dims[:-2], dims[1:-1], strict=True):
-        layers += [orthogonal_linear(fan_in, fan_out), nn.ReLU(inplace=True), Dropout(dropout)]
-    return nn.Sequential(*layers, orthogonal_linear(dims[-2], dims[-1]))
-
-
-class Critic(nn.Module):
-    """Ensemble of Q(s, a) as batched products: (batch, obs_dim), (batch, act_dim) -> (num_qs, batch)."""
-
-    def __init__(self, obs_dim, act_dim, hidden_dims, num_qs=2, layer_norm=False):
-        """layer_norm: between each hidden layer and its ReLU."""
-        super().__init__()
-        dims = (obs_dim + act_dim, *hidden_dims, 1)
-        pairs = list(zip(dims[:-1], dims[1:], strict=True))
-        self.weights = nn.ParameterList([torch.empty(num_qs, i, o) for i, o in pairs])
-        self.biases = nn.ParameterList([torch.zeros(num_qs, 1, o) for _, o in pairs])
-        for weight in self.weights:
-            for member in weight.data:
-                nn.init.orthogonal_(member, gain=2**0.5)
-        norms = pairs[:-1] if layer_norm else []
-        self.scales = nn.ParameterList([torch.ones(num_qs, 1, o) for _, o in norms])
-        self.shifts = nn.ParameterList([torch.zeros(num_qs, 1, o) for _, o in norms])
-
-    def forward(self, observations, actions, members=None):
-        """members: indices (k,) of the members that are wanted, for a result (k, batch); None: all."""
-        pick = (lambda p: p) if members is None else (lambda p: p.index_select(0, members))
-        num_qs = len(self.weights[0]) if members is None else len(members)
-        x = torch.cat([observations, actions], dim=-1).expand(num_qs, -1, -1)
-        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = torch.baddbmm(pick(bias), x, pick(weight))
-            if len(self.scales) > i:
-                x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
-                x = torch.addcmul(pick(self.shifts[i]), x, pick(self.scales[i]))
-            x = F.relu(x, inplace=True) if i < len(self.weights) - 1 else x
-        return x.squeeze(-1)
-
-
-class Learner(nn.Module):
-    """An agent with critic, critic_target and optimizers {name: Adam}: the target's average, and all of its state."""
-
-    @torch.no_grad()
-    def update_target(self, tau):
-        torch._foreach_lerp_(list(self.critic_target.parameters()), list(self.critic.parameters()), tau)
-
-    def full_state(self):
-        return {"networks": self.state_dict(), "optimizers": {k: o.state_dict() for k, o in self.optimizers.items()}}
-
-    def load_full_state(self, state):
-        self.load_state_dict(state["networks"])
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
-
-
-# === end shared block: networks ===
-
-
-# === shared block: iql agent ===
-class Actor(nn.Module):
-    """Diagonal Gaussian with a state-independent log_std. IQL: mean = tanh(net), not squashed, actions clipped.
-    squash (TD3): action = tanh(net + std * noise)."""
-
-    def __init__(self, obs_dim, act_dim, hidden_dims, dropout=0.0, log_std_min=-5.0, squash=False):
-        super().__init__()
-        self.net = mlp((obs_dim, *hidden_dims, act_dim), dropout)
-        self.log_std = nn.Parameter(torch.zeros(act_dim))
-        self.log_std_min, self.squash = log_std_min, squash
-
-    def std(self):
-        return self.log_std.clamp(self.log_std_min, 2.0).exp()
-
-    def log_prob(self, observations, actions):
-        """log pi(a|s) of the unsquashed Gaussian, shape (batch,)."""
-        z = (actions - self.net(observations).tanh()) / self.std()
-        normalizer = self.log_std.clamp(self.log_std_min, 2.0) + 0.5 * np.log(2 * np.pi)
-        return -(0.5 * z.square() + normalizer).sum(-1)
-
-    def act(self, observations, noise=None):
-        """Actions in [-1, 1], shape (batch, act_dim); noise: standard normal, or None for the mean."""
-        mean = self.net(observations)
-        spread = 0.0 if noise is None else self.std() * noise
-        return (mean + spread).tanh() if self.squash else (mean.tanh() + spread).clamp(-1.0, 1.0)
-
-
-class Agent(Learner):
-    """The networks of one IQL (or TD3) agent and their optimisers."""
-
-    def __init__(self, obs_dim, act_dim, hidden_dims, learning_rate, device, **actor_options):
-        super().__init__()
-        self.actor = Actor(obs_dim, act_dim, hidden_dims, **actor_options)
-        self.critic = Critic(obs_dim, act_dim, hidden_dims)
-        self.critic_target = Critic(obs_dim, act_dim, hidden_dims)
-        self.critic_target.load_state_dict(self.critic.state_dict())
-        self.critic_target.requires_grad_(False)
-        self.value = mlp((obs_dim, *hidden_dims, 1))
-        self.to(device)
-        self.optimizers = {
-            "value": Adam(self.value.parameters(), learning_rate),
-            "critic_actor": Adam([*self.critic.parameters(), *self.actor.parameters()], learning_rate),
-        }
-
-    @torch.no_grad()
-    def act(self, obs, sample):
-        """One numpy observation to one numpy action in [-1, 1]; dropout is off."""
-        self.actor.eval()
-        device = self.actor.log_std.device
-        noise = torch.randn(len(self.actor.log_std), device=device) if sample else None
-        action = self.actor.act(torch.from_numpy(obs).to(device)[None], noise)[0].cpu().numpy()
-        self.actor.train()
-        return action
-
-
-
-# === end shared block: iql agent ===
-
-
-# === the expanded policy ===
-class PEXAgent(nn.Module):
-    """The frozen offline policy, the learnt one, and Q and V, which go on from the offline phase; new optimisers."""
-
-    def __init__(self, obs_dim, act_dim, hidden_dims, learning_rate, device, *, offline=None, log_std_min=-5.0,
-                 inv_temperature=10.0, epsilon=0.1):
-        """offline: the Agent of the offline phase, which stays as it is; None if a saved state will be loaded."""
-        super().__init__()
-        self.actor, self.offline_actor = (Actor(obs_dim, act_dim, hidden_dims, log_std_min=log_std_min) for _ in "ab")
-        self.critic, self.critic_target = (Critic(obs_dim, act_dim, hidden_dims) for _ in "ab")
-        self.value = mlp((obs_dim, *hidden_dims, 1))
-        self.to(device)
-        if offline is not None:
-            self.offline_actor.load_state_dict(offline.actor.state_dict())
-            for name in ("critic", "critic_target", "value"):
-                getattr(self, name).load_state_dict(getattr(offline, name).state_dict())
-        for frozen in (self.offline_actor, self.critic_target):
-            frozen.requires_grad_(False)
-        self.optimizers = {name: Adam(getattr(self, name).parameters(), learning_rate)
-                           for name in ("value", "critic", "actor")}
-        self.inv_temperature, self.epsilon, self.device, self.act_dim = inv_temperature, epsilon, device, act_dim
-
-    @torch.no_grad()
-    def propose(self, observations, noise):
-        """Both policies' actions (2, batch, act_dim), the frozen one's first, not clipped, and their Q (2, batch).
-        noise: standard normal (batch, act_dim) of the learnt policy, 0 for its mean."""
-        learnt = self.actor.net(observations).tanh() + self.actor.std() * noise
-        actions = torch.stack([self.offline_actor.act(observations), learnt])
-        return actions, torch.stack([self.critic(observations, a).amin(0) for a in actions])
-
-    def probabilities(self, q):
-        """Boltzmann over the two actions' Q: the probability of playing each; q and result: (2, batch)."""
-        return (self.inv_temperature * q).softmax(0)
-
-    @torch.no_grad()
-    def compose(self, observations, noise, uniform):
-        """Actions (batch, act_dim) that the expanded policy draws, and whether they are the learnt policy's (batch,).
-        uniform: draws in [0, 1), shape (batch,)."""
-        actions, q = self.propose(observations, noise)
-        from_learnt = uniform >= self.probabilities(q)[0]
-        return torch.where(from_learnt[:, None], actions[1], actions[0]), from_learnt
-
-    @torch.no_grad()
-    def act(self, obs, sample):
-        """One numpy observation to one numpy action in [-1, 1]: drawn from the expanded policy, or (sample=False) as
-        PEX evaluates it, with the CPU's random numbers."""
-        observations, device = torch.from_numpy(obs).to(self.device)[None], self.device if sample else "cpu"
-        noise, uniform = torch.randn(1, self.act_dim, device=device), torch.rand(1, device=device)
-        if not sample:  # no noise is the mean; a uniform draw of 1/2 chooses the larger Q
-            sampled, drawn = torch.rand(2) < self.epsilon
-            noise, uniform = noise * sampled, torch.where(drawn, uniform, 0.5)
-        action = self.compose(observations, noise.to(self.device), uniform.to(self.device))[0][0]
-        return action.clamp(-1.0, 1.0).cpu().numpy()
-
-    def full_state(self):
-        return {"networks": self.state_dict(), **{name: adam.state_dict() for name, adam in self.optimizers.items()}}
-
-    def load_full_state(self, state):
-        self.load_state_dict(state["networks"])
-        for name, adam in self.optimizers.items():
-            adam.load_state_dict(state[name])
-
-
-# === shared block: iql update ===
-@dataclass(frozen=True)
-class Settings:
-    """What an update needs beside the agent and the batch; OOO's exploration and exploitation have one each."""
-
-    gamma: float = 0.99
-    tau: float = 0.005
-    expectile: float = 0.7
-    temperature: float = 3.0
-    intrinsic_reward_scale: float = 0.0
-    q_min: float = -float("inf")
-    q_max: float = float("inf")
-
-
-def expectile_loss(diff, expectile):
-    """IQL eq. 5: |expectile - 1{diff < 0}| * diff^2, averaged. diff = Q_target(s, a) - V(s), shape (batch,)."""
-    weight = torch.where(diff > 0, expectile, 1.0 - expectile)
-    return (weight * diff.square()).mean()
-
-
-def iql_update(agent, batch, settings, intrinsic_rewards=None):
-    """One IQL update (paper eq. 1 to 3): V, then Q and the policy. batch: observations, actions, rewards, masks,
-    next_observations; intrinsic_rewards: (batch,) or None. Returns detached scalars."""
-    observations, actions = batch["observations"], batch["actions"]
-    # One pass of the target critic serves V and the policy: both want it as it was before this update's EMA.
-    with torch.no_grad():
-        q_target = agent.critic_target(observations, actions)
-    # --- V: expectile regression toward the (bounded) target Q ---
-    v = agent.value(observations).squeeze(-1)
-    q_bounded = q_target.clamp(settings.q_min, settings.q_max).amin(0)
-    value_loss = expectile_loss(q_bounded - v, settings.expectile)
-    agent.optimizers["value"].minimize(value_loss)
-    # --- Target: the new V; masks is 0 only at true terminals. The bonus comes after the clip (official code) ---
-    with torch.no_grad():
-        next_v, v = agent.value(torch.cat([batch["next_observations"], observations])).squeeze(-1).chunk(2)
-        target = batch["rewards"] + settings.gamma * batch["masks"] * next_v
-        target = target.clamp(settings.q_min, settings.q_max)
-        if intrinsic_rewards is not None:
-            target = target + settings.intrinsic_reward_scale * intrinsic_rewards
-    # --- Q: mean over the ensemble and the batch ---
-    q = agent.critic(observations, actions)
-    critic_loss = (q - target).square().mean()
-    # --- Policy: advantage-weighted regression (eq. 3); the advantage is not clipped to the bounds ---
-    advantage = q_target.amin(0) - v
-    weight = (settings.temperature * advantage).exp().clamp(max=100.0)
-    actor_loss = -(weight * agent.actor.log_prob(observations, actions)).mean()
-    agent.optimizers["critic_actor"].minimize(critic_loss + actor_loss)  # no parameter is in both
-    agent.update_target(settings.tau)
-    return {"losses/value": value_loss.detach(), "losses/critic": critic_loss.detach(),
-            "losses/actor": actor_loss.detach(), "losses/q_mean": q.detach().mean(), "losses/v_mean": v.mean(),
-            "losses/advantage_mean": advantage.mean()}
-
-
-# === end shared block: iql update ===
-
-
-def pex_update(agent, batch, settings, noise=None, uniform=None):
-    """One online update of PEX: V and Q as in IQL, then the learnt policy on the actions that the expanded one draws.
-    batch: observations, actions, rewards, masks, next_observations; noise: standard normal (batch, act_dim), uniform:
-    draws in [0, 1), shape (batch,), None draws them. Returns detached scalars; pex/learnt_share is the share of those
-    actions that are the learnt policy's."""
-    observations, actions = batch["observations"], batch["actions"]
-    with torch.no_grad():
-        q_target = agent.critic_target(observations, actions).clamp(settings.q_min, settings.q_max).amin(0)
-        next_v = agent.value(batch["next_observations"]).squeeze(-1)  # before V's step, as in PEX's code
-        target = batch["rewards"] + settings.gamma * batch["masks"] * next_v
-        target = target.clamp(settings.q_min, settings.q_max)
-    # --- V: expectile regression; Q: mean over the ensemble and the batch ---
-    value_loss = expectile_loss(q_target - agent.value(observations).squeeze(-1), settings.expectile)
-    agent.optimizers["value"].minimize(value_loss)
-    q = agent.critic(observations, actions)
-    critic_loss = (q - target).square().mean()
-    agent.optimizers["critic"].minimize(critic_loss)
-    with torch.no_grad():
-        torch._foreach_lerp_(list(agent.critic_target.parameters()), list(agent.critic.parameters()), settings.tau)
-    # --- Policy: advantage-weighted regression on composed actions, not on those of the batch ---
-    noise = torch.randn_like(actions) if noise is None else noise
-    uniform = torch.rand(len(actions), device=actions.device) if uniform is None else uniform
-    composed, from_learnt = agent.compose(observations, noise, uniform)
-    with torch.no_grad():
-        v = agent.value(observations).squeeze(-1)
-        advantage = agent.critic_target(observations, composed).amin(0) - v
-        weight = (settings.temperature * advantage).exp().clamp(max=100.0)
-    actor_loss = -(weight * agent.actor.log_prob(observations, composed)).mean()
-    agent.optimizers["actor"].minimize(actor_loss)
-    return {"losses/value": value_loss.detach(), "losses/critic": critic_loss.detach(),
-            "losses/actor": actor_loss.detach(), "losses/q_mean": q.detach().mean(), "losses/v_mean": v.mean(),
-            "losses/advantage_mean": advantage.mean(), "pex/learnt_share": from_learnt.float().mean()}
-
-
-# === shared block: gradient step ===
-def make_gradient_step(args, buffer, learn, rnd=None, frozen_rnd=False):
-    """update(rows) -> losses: one gradient step on raw buffer rows (batch, width), with RND's. learn(batch,
-    intrinsic_rewards or None) -> losses."""
-
-    def update(rows):
-        batch = task_batch(buffer.split(rows), args)
-        if rnd is None:
-            return learn(batch, None)
-        if frozen_rnd:
-            return learn(batch, rnd.intrinsic_rewards(batch["next_observations"]))
-        bonus, rnd_loss = rnd.update(batch["observations"], batch["next_observations"])
-        losses = learn(batch, bonus)
-        return {**losses, "losses/rnd": rnd_loss, "rnd/batch_intrinsic_reward": bonus.mean()}
-
-    return wrap_update(args, update)
-
-
-# === end shared block: gradient step ===
-
-
-# === shared block: compiled updates ===
-def task_batch(batch, args):
-    """Rewards and masks of sampled raw rows as the learner sees them."""
-    raw = batch["rewards"]
-    masks = 1.0 - batch["terminations"] if args.mask_reward is None else (raw != args.mask_reward).float()
-    return {**batch, "rewards": (raw + args.reward_bias) * args.reward_scale, "masks": masks}
-
-
-def compiled(function):
-    """A function of an update under torch.compile: one graph of losses, gradients and Adam."""
-    # RND's number of chosen rows varies.
-    torch._dynamo.config.trace_autograd_ops = torch._dynamo.config.capture_dynamic_output_shape_ops = True
-    torch._inductor.config.fallback_random = True  # the random numbers of the eager update
-    # A code object of its own: compiled versions are kept, and looked through at each call, per code object.
-    code = function.__code__.replace()
-    return torch.compile(FunctionType(code, function.__globals__, closure=function.__closure__))
+    report |= {"transitions": len(success), "episodes": len(np.unique(data["episodes"])),
+               "successful_episodes": len(np.unique(data["episodes"][success])),
+               "reward_range": [float(data["rewards"].min()), float(data["rewards"].max())],
+               "sha256": digest.hexdigest()}
+    print(f"{args.env_id}: offline data")
+    print(*(f"  {key.replace('_', ' ')}: {value}" for key, value in report.items()), sep="\n")
+    return data, report
+
+
+# === end shared block: tasks and data ===
+
+
+# === shared block: run directory ===
+# --- command line ---
+def fail(message, code=2) -> NoReturn:
+    """Say in one line on stderr what was wrong and what to do, and exit."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def parse_args(argv=None):
+    """Defaults < the task's row < the settings of the --exploit-only or --eval-only run < the command line; then
+    --scale. Exit 2 with one line for what cannot be."""
+    argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
+    first = tyro_cli([word for word in argv if word not in ("-h", "--help")], Args())
+    if source := getattr(first, "eval_only", "") or getattr(first, "exploit_only", ""):
+        own = {name: getattr(Args, name) for name in (*OWN, "exp_name", "eval_only", "exploit_only") if
+               hasattr(Args, name)}
+        default = tyro_cli(command_line(read_config(source)["args"] | own), Args(), f"{source}/config.json: ")
+        check_ranges(default)
+    else:
+        default = replace(Args(env_id=first.env_id), **TASKS[first.env_id].settings)
+    args = tyro_cli(argv, default)
+    check_ranges(args)
+    for name in ("runs_dir", "dataset_path", "eval_only", "exploit_only", "init_from"):
+        if hasattr(args, name):
+            setattr(args, name, os.path.expanduser(getattr(args, name)))
+
+    for name in BUDGETS:
+        value = getattr(args, name)
+        scaled = [max(1, round(x * args.scale)) if x else 0 for x in np.atleast_1d(value).tolist()]
+        setattr(args, name, tuple(scaled) if isinstance(value, tuple) else scaled[0])
+    args.scale = 1.0
+    for wrong, message in (
+        (source and args.env_id != default.env_id, f"{source} is a run on {default.env_id}; leave --env-id out"),
+        (not re.fullmatch(r"\w[\w.+=,-]{0,99}", args.exp_name), "--exp-name must be one short word, it names a folder"),
+        (getattr(args, "dataset_id", ()) and args.dataset_path, "give --dataset-id or --dataset-path, not both"),
+        *mistakes(args),
+    ):
+        if wrong:
+            fail(message)
+    return args
+
+
+def command_line(settings):
+    """The words that give these settings: those of a config.json are read as if they were typed."""
+    flat = lambda value: [w for x in value for w in flat(x)] if isinstance(value, tuple) else [str(value)]  # noqa: E731
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        if isinstance(getattr(Args, name), bool) and isinstance(value, bool):
+            yield f"--{flag}" if value else f"--no-{flag}"
+        else:
+            yield from (f"--{flag}", *flat(value)) if isinstance(value, tuple) else (f"--{flag}={value}",)
+
+
+def tyro_cli(argv, default, where=""):
+    """tyro's reading of a command line; its errors, which fill a box, as one line."""
+    box = io.StringIO()
+    try:
+        with redirect_stderr(box):
+            return tyro.cli(Args, args=list(argv), default=default, description=__doc__)
+    except SystemExit as stop:
+        if stop.code:
+            fail(where + re.sub(r"(?:[\s\u2500-\u257f]|-{3,})+", " ", box.getvalue()))
+        raise
+
+
+def check_ranges(args):
+    """Exit 2 with one line unless every number lies in its interval of RANGES."""
+    for (low, high), names in RANGES.items():
+        for name in names.split():
+            value = getattr(args, name)
+            for x in np.ravel(() if value is None and getattr(Args, name) is None else value).tolist():
+                if not (isinstance(x, (int, float)) and low <= x <= high):
+                    fail(f"--{name.replace('_', '-')} {x} lies outside [{low:g}, {high:g}]")
+
+
+def read_config(run_dir, scripts=(SCRIPT,)):
+    """config.json of a run of one of the scripts; exit 2 if RUN_DIR does not hold one."""
+    path = Path(run_dir).expanduser() / "config.json"
+    try:
+        config = json.loads(path.read_text())
+        if config["script"] not in scripts:
+            fail(f"{run_dir} is a run of {config['script']}; give a run of {' or '.join(scripts)}")
+        tuples = lambda value: tuple(map(tuples, value)) if isinstance(value, list) else value  # noqa: E731
+        config["args"] = {name: tuples(value) for name, value in config["args"].items()}
+        other = set(config["args"]) ^ {field.name for field in fields(Args)}
+        if other and config["script"] == SCRIPT:
+            fail(f"{path} has other settings than this version of {SCRIPT} ({' '.join(sorted(other))})")
+        config["run_id"], config["dataset"]["sha256"], config["versions"], config["resumed"]
+        return config
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        fail(f"{path} is not the config of a run of {' or '.join(scripts)} ({error!r}); give the folder of a run")
+
+
+# --- run directory, metrics, checkpoint ---
+OWN = ("resume", "track", "wandb_project", "wandb_mode", "runs_dir", "video", "device", "torch_threads")
+FREE = (*OWN, "log_every", "checkpoint_every", "dataset_path")  # bear on no number (the data's SHA-256 does)
+COMPILE_PAYS = 20_000  # updates from which torch.compile saves more time than it takes (docs/speed.md)
+
+
+def derive_seed(seed, *place):
+    """An independent 32-bit seed for each (seed, purpose, step or episode, ...)."""
+    words = [zlib.crc32(str(part).encode()) for part in place]
+    return int(np.random.SeedSequence([seed, *words]).generate_state(1)[0])
+
+
+def due(step, every, last):
+    return step % every == 0 or step == last
+
+
+def progress_bar(name, start, stop):
+    """Step numbers from start to stop, with a bar on stderr; in a log file it is a line a minute."""
+    interval = 0.1 if sys.stderr.isatty() else 60
+    return tqdm(range(start, stop), initial=start, total=stop, desc=name, dynamic_ncols=True, mininterval=interval,
+                  maxinterval=max(10, interval))
+
+
+def setup_torch(args):
+    """Device, threads, precision, and --compile auto made on or off. Exit 2 for a device that does not work."""
+    try:
+        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(auto if args.device == "auto" else args.device)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {args.device}: {str(error).splitlines()[0]}")
+    if args.cudagraphs and device.type != "cuda":
+        fail("--cudagraphs needs a CUDA device; leave it out on the CPU")
+    torch.set_num_threads(args.torch_threads)
+    torch.set_float32_matmul_precision(args.matmul_precision)
+    compiler = any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++")))
+    if args.compile == "auto":
+        updates = count_updates(args)
+        args.compile = "on" if compiler and updates >= COMPILE_PAYS else "off"
+        print(f"--compile auto: {args.compile} ({updates:,} updates; pays from {COMPILE_PAYS:,}, with a C++ compiler)")
+    elif args.compile == "on" and not compiler:
+        fail("--compile on needs a C++ compiler, and there is none: install g++, or leave it off")
+    return device
+
+
+def faster(args, update):
+    """update(rows) -> losses as --compile and --cudagraphs want it."""
+    if args.compile == "on":
+        torch.compiler.reset()  # graphs of an earlier phase's networks
+        torch._inductor.config.fallback_random = True  # the random numbers of the eager update
+        update = torch.compile(update)
+    return CudaGraph(update) if args.cudagraphs else update
 
 
 class CudaGraph:
     """Replays update(rows) as one CUDA graph: three eager calls on a side stream (every one a real update), then
-    capture. The returned tensors are overwritten by the next call."""
+    capture. The returned tensors are overwritten by the next call. Draws inside follow torch.manual_seed as outside."""
 
     def __init__(self, update):
-        self.update, self.calls, self.graph, self.stream = update, 0, None, torch.cuda.Stream()
+        self.update, self.calls, self.graph, self.stream = update, 0, torch.cuda.CUDAGraph(), torch.cuda.Stream()
 
     def __call__(self, rows):
         self.calls += 1
@@ -1265,8 +1240,8 @@ class CudaGraph:
                 losses = self.update(rows)
             torch.cuda.current_stream().wait_stream(self.stream)
             return losses
-        if self.graph is None:
-            self.rows, self.graph = rows.clone(), torch.cuda.CUDAGraph()
+        if self.calls == 4:
+            self.rows = rows.clone()
             with torch.cuda.graph(self.graph):
                 self.losses = self.update(self.rows)
         self.rows.copy_(rows)
@@ -1274,58 +1249,6 @@ class CudaGraph:
         return self.losses
 
 
-# === end shared block: compiled updates ===
-
-
-# === shared block: wrapped update ===
-def wrap_update(args, update):
-    """update(rows) -> losses as --compile and --cudagraphs want it."""
-    update = compiled(update) if args.compile else update
-    return CudaGraph(update) if args.cudagraphs else update
-
-
-# === end shared block: wrapped update ===
-
-
-# === shared block: evaluation ===
-def evaluate(env, act, episodes, seed, frames=None):
-    """Episodes with act(obs) -> action. Returns a list of dicts: return, length, success (at any step), max_reward.
-    Start states, and the CPU's random numbers that act may draw, depend on `seed` and the episode alone; the training's
-    random numbers are untouched. frames: a list that receives the rendered pictures, or None."""
-    results, training_rng = [], torch.get_rng_state()
-    for i in range(episodes):
-        torch.default_generator.manual_seed(derive_seed(seed, "evaluation", i))
-        obs, _ = env.reset(seed=derive_seed(seed, "evaluation", i))
-        episode, done = {"return": 0.0, "length": 0, "success": False, "max_reward": -float("inf")}, False
-        while not done:
-            if frames is not None:
-                frames.append(env.render())
-            obs, reward, terminated, truncated, info = env.step(act(obs))
-            done = terminated or truncated
-            episode["return"] += reward
-            episode["length"] += 1
-            episode["success"] = episode["success"] or info["success"]
-            episode["max_reward"] = max(episode["max_reward"], reward)
-        results.append(episode)
-    torch.set_rng_state(training_rng)
-    return results
-
-
-def summarize(env_id, episodes):
-    """Means over the episodes of evaluate, under the names of the metrics."""
-    scores = [normalized_score(ENVIRONMENTS[env_id], episode) for episode in episodes]
-    return {
-        "eval/return": float(np.mean([e["return"] for e in episodes])),
-        "eval/success_rate": float(np.mean([e["success"] for e in episodes])),
-        "eval/normalized_score": float(np.mean(scores)),
-        "eval/episodes": len(episodes),
-    }
-
-
-# === end shared block: evaluation ===
-
-
-# === shared block: checkpoints ===
 def atomic_write(path, content):
     """Write bytes so that at any moment the file is the old one or the new one, complete."""
     path = Path(path)
@@ -1336,440 +1259,287 @@ def atomic_write(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # the rename itself
-        os.close(folder)
     except OSError:
         with suppress(OSError):
             temporary.unlink()
         raise
+    with suppress(OSError):  # the rename itself; some file systems cannot
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
 
 def save_torch(path, content):
-    """torch.save, atomically. content: tensors, numbers, strings, and lists and dicts of them."""
+    """torch.save, atomically, with the file's SHA-256 as comment of the zip archive that it is."""
     stream = io.BytesIO()
     torch.save(content, stream)
-    atomic_write(path, stream.getvalue())
+    data = stream.getvalue()[:-2]  # without the comment's length
+    atomic_write(path, data + (64).to_bytes(2, "little") + hashlib.sha256(data).hexdigest().encode())
 
 
-def load_torch(path, script, device):
-    """A file of save_torch, read with weights_only=True; exit 2 if it is damaged or another script's."""
+def load_torch(path, device, scripts=(SCRIPT,)):
+    """A file of save_torch; exit 2 if it is missing, is not as it was written, or is of none of the scripts."""
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        fail(f"{path} is not there; the run has not come that far")
-    except Exception as error:  # torch raises many kinds for a damaged file
-        fail(f"{path} cannot be read ({type(error).__name__}); it is damaged: remove the run directory, or restore it")
-    if not isinstance(content, dict) or content.get("script") != script:
-        fail(f"{path} was not written by {script}; give a run of that script")
+        data = Path(path).read_bytes()
+        if hashlib.sha256(data[:-66]).hexdigest().encode() != data[-64:]:
+            fail(f"{path} is not as it was written (its checksum differs): restore it, or start the run again")
+        content = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+    except OSError as error:
+        fail(f"{path} cannot be read ({error.strerror}); has the run come that far?")
+    if content["script"] not in scripts:
+        fail(f"{path} was not written by {' or '.join(scripts)}; give a run of it")
     return content
 
 
-def get_rng(device):
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
-
-
-def set_rng(state, device):
-    torch.set_rng_state(state["cpu"].cpu())
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
-
-
-# === end shared block: checkpoints ===
-
-
-# === shared block: session ===
-# What all phases share is in one namespace, s: args, device, environments, buffer, learners, progress (the counters).
-
-
-def new_session(args, script, source=None):
-    """The run directory is free or can be resumed, the device works; nothing is written. source: config of the run
-    whose data an --exploit-only run takes over."""
-    path = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}"
-    if path.exists() and not args.resume:
-        fail(f"{path} exists; continue it with --resume, or choose another --seed or --exp-name")
-    config = read_config(path, script) if (path / "config.json").exists() else None
-    if config:
-        changed = [name for name, value in asdict(args).items() if name not in NOT_SETTINGS
-                   and json.dumps(config["args"].get(name)) != json.dumps(value)]
-        if changed:
-            was = ", ".join(f"--{name.replace('_', '-')} was {config['args'].get(name)}" for name in changed)
-            fail(f"--resume needs the settings that {path} was started with: {was}")
-    device, precision = setup_torch(args)
-    saved = load_torch(path / "checkpoint.pt", script, device) if (path / "checkpoint.pt").exists() else None
-    if saved and saved.get("env_id") != args.env_id:
-        fail(f"{path / 'checkpoint.pt'} belongs to another task; restore the run's own, or remove the run directory")
-    progress = dict(phase="pretrain", grad_step=0, env_step=0, episode=0, saved_steps=0)
-    return SimpleNamespace(args=args, script=script, path=path, config=config, source=source, saved=saved,
-                           device=device, precision=precision, progress=progress, losses=LossHistory(), learners={},
-                           retraining=None, bar=None, run=None)
-
-
-def load_offline(s, online_rows, prepare=lambda data: (data, {})):
-    """Environments, offline data and a replay buffer with room for online_rows more transitions. prepare(data) -> (data
-    as the script wants it, also with scalar columns of its own, additions to the report)."""
-    args = s.args
-    s.env, s.eval_env = make_env(args.env_id), make_env(args.env_id)
-    data, s.report = load_dataset(
-        args.env_id, s.env, dataset_ids=args.dataset_id, dataset_path=args.dataset_path,
-        seed=s.source["args"]["seed"] if s.source else args.seed, truncate_episodes=args.truncate_episodes,
-        data_subset=args.data_subset, remove_discs=args.remove_discs, kitchen_cumulative=args.kitchen_cumulative)
-    for started in filter(None, (s.config, s.source)):
-        if started["dataset"]["sha256"] != s.report["sha256"]:
-            fail(f"the offline data {s.report['source']} is not what the run was started with (sha256 differs)")
-    data, more = prepare(data)
-    s.report |= more
-    (s.obs_dim,), (s.act_dim,) = s.env.observation_space.shape, s.env.action_space.shape
-    shapes = dict(observations=(s.obs_dim,), actions=(s.act_dim,), rewards=(), next_observations=(s.obs_dim,),
-                  terminations=(), episodes=())
-    shapes |= {name: () for name in data if name not in shapes}
-    s.buffer = ReplayBuffer(shapes, len(data["rewards"]) + online_rows, s.device)
-    s.buffer.extend(data)
-    s.offline_size, s.offline_episodes = s.buffer.size, int(data["episodes"].max(initial=-1)) + 1
-
-
-def start_run(s):
-    """Print the report of the data, create or reopen the run directory, and go back to its checkpoint."""
-    args = s.args
-    print(f"{args.env_id}: offline data")
-    for key, value in s.report.items():
-        print(f"  {key.replace('_', ' ')}: {value}")
-    print(f"  replay buffer: {len(s.buffer.data)} transitions, {s.buffer.bytes / 2**20:.0f} MiB on {s.device}")
-    config = s.config or {"script": s.script, "args": asdict(args), **provenance(s.device, s.precision),
-                          "dataset": s.report}
+def read_verified(path, size, checksum):
+    """The first `size` bytes of a file; exit 2 if they are not those that were written."""
     try:
-        s.run = Run(s.path, config, dict(project=args.wandb_project, mode=args.wandb_mode) if args.track else None)
+        with open(path, "rb") as file:
+            data = file.read(size)
     except OSError as error:
-        fail(f"cannot write in {s.path} ({error.strerror}); make room, or choose another --runs-dir", code=1)
-    if not args.resume:
-        return
-    if s.saved is None:  # killed before the first checkpoint
-        return s.run.truncate(dict.fromkeys(Run.FILES, 0))
-    s.progress.update(s.saved["progress"])
-    s.run.truncate(s.saved["offsets"])
-    s.losses.load_state_dict(s.saved["losses"], s.device)
-    set_rng(s.saved["rng"], s.device)
-    if s.learners:
-        s.buffer.load_chunks(s.path / "replay", s.progress["saved_steps"])
-    for name, learner in s.learners.items():
-        learner.load_full_state(s.saved["learners"][name])
-    s.retraining, s.saved = s.saved["retraining"], None
+        fail(f"{path} cannot be read ({error.strerror})")
+    if len(data) != size or zlib.crc32(data) != checksum:
+        fail(f"{path} is not as it was written (its checksum differs): restore it, or start the run again")
+    return data
 
 
-def save_checkpoint(s, retraining=None):
-    """Everything a resumed process needs, in one file; new online transitions go to a file of their own first.
-    retraining: dict with agent, losses and outer_rng of the retraining under way."""
-    p = s.progress
-    s.losses.check(p["grad_step"])
-    if p["env_step"] > p["saved_steps"]:
-        s.buffer.save_chunk(s.path / "replay", s.offline_size, p["saved_steps"], p["env_step"])
-        p["saved_steps"] = p["env_step"]
-    content = {
-        "script": s.script, "env_id": s.args.env_id, "progress": p, "offsets": s.run.offsets(),
-        "rng": get_rng(s.device), "losses": s.losses.state_dict(), "retraining": None,
-        "learners": {name: learner.full_state() for name, learner in s.learners.items()},
-    }
-    if retraining:
-        retraining["losses"].check(p["retrain_step"])
-        content["rng"] = retraining["outer_rng"]
-        content["retraining"] = {"agent": retraining["agent"].full_state(), "rng": get_rng(s.device),
-                                 "losses": retraining["losses"].state_dict()}
-    save_torch(s.path / "checkpoint.pt", content)
+def state_of(model):
+    """Networks and optimisers, for load_state."""
+    return {"networks": model.state_dict(), "optimizers": [o.state_dict()["state"] for o in model.optimizers]}
 
 
-def phase_bar(s, phase, total, initial):
-    s.bar = tqdm(total=total, initial=initial, desc=phase, unit="step", dynamic_ncols=True, smoothing=0.05)
-    s.clock = (time.perf_counter(), initial)
-    return s.bar
+def load_state(model, state):
+    model.load_state_dict(state["networks"])
+    for optimizer, saved in zip(model.optimizers, state["optimizers"], strict=True):
+        # This process's groups: a checkpoint of another device has other options there.
+        optimizer.load_state_dict({"state": saved, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def log_losses(s, phase, env_step, step, losses, **extra):
-    """Mean losses since the last record, to metrics.jsonl; speed to timing.jsonl. Returns the means."""
-    where, means = {"phase": phase, "env_step": env_step, "grad_step": step}, losses.means(step)
-    s.run.log("metrics.jsonl", {**where, **means, **extra})
-    now, (then, before) = time.perf_counter(), s.clock
-    s.run.log("timing.jsonl", {**where, "charts/SPS": (s.bar.n - before) / max(now - then, 1e-9), "time": time.time()})
-    s.clock = (now, s.bar.n)
-    return means
+class Run:
+    """A run directory. config.json: settings, versions, hardware, data. metrics.jsonl, evals.jsonl: the same bytes for
+    the same seed on the same machine. timing.jsonl: what differs each time. replay.bin: the online transitions, raw
+    float32 rows (columns: config.json). checkpoint.pt: what --resume needs.
+
+    Everything random is seeded by its place (phase, step or episode), so a resumed run needs no saved generator. Until
+    begin() nothing is written, and by then what is to be continued has been read and verified."""
+
+    FILES = ("metrics.jsonl", "evals.jsonl", "timing.jsonl", "replay.bin")
+    signal = None  # the one that has come
+
+    def __init__(self, args, **progress):
+        """progress: the counters and scores of a new run."""
+        self.args, self.progress, self.models, self.config, self.wandb = args, progress, {}, None, None
+        self.path = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}"
+        self.sizes, self.sums = dict.fromkeys(self.FILES, 0), dict.fromkeys(self.FILES, 0)
+        self.updates, self.clock = 0, time.perf_counter()
+        self.data_seed, self.data_sha256 = args.seed, None  # of the offline data; --exploit-only: the source's
+        if (self.path / "config.json").exists():
+            if not args.resume:
+                fail(f"{self.path} exists; continue it with --resume, or choose another --seed or --exp-name")
+            self.lock()
+            self.config = read_config(self.path)
+            before = self.config["args"]
+            args.compile = before["compile"] if args.compile == "auto" else args.compile
+            changed = [name for name, value in asdict(args).items() if name not in FREE and before[name] != value]
+            if changed:
+                was = ", ".join(f"--{name.replace('_', '-')} was {before[name]}" for name in changed)
+                fail(f"--resume needs the settings that {self.path} was started with: {was}")
+        elif self.path.exists() and (not self.path.is_dir() or any(p.name[0] != "." for p in self.path.iterdir())):
+            fail(f"{self.path} is there and is not a run; choose another --seed or --exp-name")
+        self.device = setup_torch(args)
+        self.rows = b""
+        if self.config and (self.path / "checkpoint.pt").exists():
+            saved, self.rows = self.read_checkpoint(self.path, self.config)
+            self.models, self.progress, self.sizes, self.sums = (
+                saved[name] for name in ("models", "progress", "sizes", "sums"))
+
+    def lock(self):
+        """One process a directory; death releases it."""
+        self.held = FileLock(self.path / ".lock")
+        try:
+            self.held.acquire(timeout=0)
+        except Timeout:
+            fail(f"another process is at work in {self.path}; wait for it, or choose another --seed or --exp-name")
+
+    def read_checkpoint(self, path, config):
+        """The checkpoint of a run directory and the bytes of its online rows; exit 2 if anything was altered."""
+        saved = load_torch(path / "checkpoint.pt", self.device)
+        if (saved["run_id"], saved["args"]) != (config["run_id"], json.dumps(config["args"])):
+            fail(f"{path / 'checkpoint.pt'} does not belong to {path / 'config.json'}; restore the run's own")
+        for name in self.FILES:  # the last one's content is returned
+            data = read_verified(path / name, saved["sizes"][name], saved["sums"][name])
+        return saved, data
+
+    def read_replay(self, width):
+        """The online rows (n, width) up to the checkpoint."""
+        return np.frombuffer(bytearray(self.rows), np.float32).reshape(-1, width)
+
+    def begin(self, dataset, columns):
+        """From here on files are written. dataset: the report of load_dataset; columns: those of replay.bin's rows."""
+        start, known = provenance(self.device), self.config
+        if {dataset["sha256"], known and known["dataset"]["sha256"], self.data_sha256} - {None} != {dataset["sha256"]}:
+            fail(f"the offline data {dataset['source']} is not what the run was started with (sha256 differs)")
+        if known:
+            for name in ("commit", "versions", "hardware"):
+                if start[name] != (last := (known["resumed"] or [known])[-1][name]):
+                    print(f"resumed with other {name}: {start[name]}, before: {last}")
+            known["resumed"].append(start)
+        else:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock()
+            if (self.path / "config.json").exists():
+                fail(f"another process has just started {self.path}")
+            ends = {k: [c.start, c.stop] if isinstance(c, slice) else [c, c + 1] for k, c in columns.items()}
+            self.config = {"script": SCRIPT, "run_id": secrets.token_hex(8), "args": asdict(self.args), **start,
+                           "dataset": dataset, "replay_columns": ends, "resumed": []}
+        try:
+            if self.args.track:
+                self.start_wandb()
+            atomic_write(self.path / "config.json", json.dumps(self.config, indent=1).encode())
+            self.files = {name: open(self.path / name, "ab", buffering=0) for name in self.FILES}
+            for name, file in self.files.items():  # what came after the checkpoint is made again
+                file.truncate(self.sizes[name])
+        except BaseException:
+            if not known:  # a start that fails leaves nothing behind
+                shutil.rmtree(self.path, ignore_errors=True)
+                with suppress(OSError):
+                    self.path.parent.rmdir()
+            raise
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, Run.on_signal)
+        place = {name: value for name, value in self.progress.items() if name != "scores"}
+        if self.args.resume:
+            print(f"continued at {place}" if any(place.values()) else "nothing to continue, starting anew")
+
+    def start_wandb(self):
+        try:
+            import wandb
+
+            mode = self.args.wandb_mode or os.environ.get("WANDB_MODE", "online")
+            parts = len(self.config["resumed"])  # wandb continues no offline run: each part is a run of one group
+            run_id = self.config["run_id"] + (f"-{parts}" if mode == "offline" and parts else "")
+            project = self.args.wandb_project or os.environ.get("WANDB_PROJECT", "ooo")
+            self.wandb = wandb.init(project=project, mode=mode, id=run_id, group=self.config["run_id"], resume="allow",
+                                    name=self.path.name, dir=self.path, config=self.config)
+        except Exception as error:  # no key, no network, not installed
+            fail(f"--track: wandb cannot start ({error}); log in, use --wandb-mode offline, or leave --track out")
+
+    @staticmethod
+    def on_signal(number, frame):
+        """The next checkpoint is the last one; a second signal ends at once."""
+        Run.signal = number
+        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(each, signal.SIG_DFL)
+
+    def append(self, name, data):
+        """Bytes to the end of a file: all of them, or the run stops."""
+        if self.files[name].write(data) != len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path / name))
+        self.sizes[name] += len(data)
+        self.sums[name] = zlib.crc32(data, self.sums[name])
+
+    def log(self, name, phase, env_step, grad_step, **values):
+        """One record, a line of JSON."""
+        where = {"phase": phase, "env_step": env_step, "grad_step": grad_step}
+        self.append(name, json.dumps(where | values).encode() + b"\n")
+        if self.wandb and name == "metrics.jsonl":
+            self.wandb.log({f"{phase}/{key}": value for key, value in values.items()} | where)
+
+    def log_losses(self, phase, env_step, grad_step, losses, **extra):
+        """Losses of the last update; one that is not finite ends the run."""
+        values = {name: value.item() for name, value in losses.items()}
+        if bad := [name for name, value in values.items() if not np.isfinite(value)]:
+            fail(f"{bad[0]} is {values[bad[0]]} at {phase} step {grad_step}; the last checkpoint before is kept", 1)
+        self.log("metrics.jsonl", phase, env_step, grad_step, **values, **extra)
+        speed = self.updates / max(time.perf_counter() - self.clock, 1e-9)
+        self.log("timing.jsonl", phase, env_step, grad_step, **{"charts/SPS": speed, "time": time.time()})
+        self.updates, self.clock = 0, time.perf_counter()
+
+    def seed(self, *place):
+        """Whatever is random from here on depends on the run's seed and this place alone."""
+        torch.manual_seed(derive_seed(self.args.seed, *place))
+        self.updates += 1
+
+    def restore(self, **models):
+        """The checkpoint's state of the models that it has."""
+        for name, model in models.items():
+            if model and name in self.models:
+                load_state(model, self.models.pop(name))
+
+    def checkpoint(self, **models):
+        """Everything that a resumed process needs; then the end, if a signal has come."""
+        models = {name: model for name, model in models.items() if model}
+        for name, model in models.items():
+            if not all(p.isfinite().all() for p in model.parameters()):
+                fail(f"{name} is not finite at {self.progress}; the checkpoint before is kept in {self.path}", 1)
+        for file in self.files.values():
+            os.fsync(file.fileno())
+        save_torch(self.path / "checkpoint.pt", {
+            "script": SCRIPT, "run_id": self.config["run_id"], "args": json.dumps(self.config["args"]),
+            "progress": self.progress, "sizes": self.sizes, "sums": self.sums,
+            "models": {name: state_of(model) for name, model in models.items()}})
+        if self.signal:
+            name = signal.Signals(self.signal).name
+            fail(f"stopped by {name}; the checkpoint is written, continue with --resume", 128 + self.signal)
 
 
-def log_evaluation(s, phase, env_step, step, agent):
-    """Evaluate the agent without sampling; the summary goes to metrics.jsonl, every episode to evals.jsonl."""
-    start = time.perf_counter()
-    episodes = evaluate(s.eval_env, lambda obs: agent.act(obs, sample=False), s.args.eval_episodes, s.args.seed)
-    where, summary = {"phase": phase, "env_step": env_step, "grad_step": step}, summarize(s.args.env_id, episodes)
-    s.run.log("metrics.jsonl", {**where, **summary})
-    s.run.log("evals.jsonl", {**where, "episodes": episodes})
-    s.bar.set_postfix(score=f"{summary['eval/normalized_score']:.1f}")
-    s.clock = (s.clock[0] + time.perf_counter() - start, s.clock[1])  # evaluation is not training time
-    return summary
+def provenance(device):
+    """What a number needs beside it: versions, commit, hardware, command, time."""
+    packages = ("torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari")
+    commit, cpu = None, platform.processor() or platform.machine()
+    with suppress(OSError, subprocess.SubprocessError):
+        git = ["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--dirty", "--abbrev=12"]
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
+    with suppress(OSError):
+        cpu = next((x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), cpu)
+    return {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "commit": commit,
+            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+            "hardware": {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+                         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None}}
 
 
-def play_episode(s):
-    """One training episode (cut short at the end of the budget): s.choose_action(obs), store, s.learn(), one update on
-    the data so far, or None. Yields the environment step after each; then the episode is counted and logged."""
-    args, p = s.args, s.progress
-    obs, _ = s.env.reset(seed=derive_seed(args.seed, "training episode", p["episode"]))
-    episode, done = {"return": 0.0, "length": 0, "success": False}, False
-    while not done and p["env_step"] < args.online_steps:
-        action = s.choose_action(obs)
-        next_obs, reward, terminated, truncated, info = s.env.step(action)
-        s.buffer.add(observations=obs, actions=action, rewards=reward, next_observations=next_obs,
-                     terminations=terminated, episodes=s.offline_episodes + p["episode"])
-        obs, done = next_obs, terminated or truncated
-        episode["return"] += reward
-        episode["length"] += 1
-        episode["success"] = episode["success"] or info["success"]
-        p["env_step"] += 1
-        if losses := s.learn():
-            s.losses.add(losses)
-            p["grad_step"] += 1
-        s.bar.update()
-        yield p["env_step"]
-    p["episode"] += 1
-    s.run.log("metrics.jsonl", {"phase": "online", "env_step": p["env_step"], "grad_step": p["grad_step"],
-                                **{f"charts/episodic_{key}": value for key, value in episode.items()}})
+class Stream:
+    """An output stream whose reader may go away; where nobody looks, progress is written in lines."""
 
+    def __init__(self, stream):
+        self.stream, self.lines = stream or open(os.devnull, "w"), not (stream and stream.isatty())
 
-def log_online_step(s, t, wanted):
-    """The records that are due after online step t. Returns the evaluation's summary where one was due or wanted."""
-    args, grad_step = s.args, s.progress["grad_step"]
-    if t % args.log_every == 0:
-        log_losses(s, "online", t, grad_step, s.losses, **recent_intrinsic_reward(s))
-    if wanted or t % args.eval_every == 0:
-        return log_evaluation(s, "online", t, grad_step, s.explorer)
+    def write(self, text):
+        with suppress(OSError, ValueError):
+            self.stream.write(text.replace("\r", "\n") if self.lines else text)
+        return len(text)
 
+    def flush(self):
+        try:
+            self.stream.flush()
+        except (OSError, ValueError):
+            self.stream = open(os.devnull, "w")
 
-def recent_intrinsic_reward(s):
-    """Figure 3 (left): mean, scaled mean and std of the intrinsic reward over the last 1000 online transitions."""
-    if "rnd" not in s.learners:
-        return {}
-    start = max(s.offline_size, s.buffer.size - 1000)
-    next_observations = s.buffer.split(s.buffer.data[start : s.buffer.size])["next_observations"]
-    reward = s.learners["rnd"].intrinsic_rewards(next_observations)
-    mean, std = reward.mean().item(), reward.std(correction=0).item()
-    scaled = s.args.intrinsic_reward_scale * mean
-    return {"rnd/online_mean": mean, "rnd/online_scaled_mean": scaled, "rnd/online_std": std}
-
-
-def print_table(s, steps, columns):
-    """Scores at the environment steps, one column for each policy; the numbers are also in results.json. columns:
-    {name: {str(env_step): summary}}."""
-    rows = [{"env_step": t, **{name: values.get(str(t)) for name, values in columns.items()}} for t in sorted(steps)]
-    atomic_write(s.path / "results.json", json.dumps({"env_id": s.args.env_id, "rows": rows}, indent=1).encode())
-    print(f"\n{s.args.env_id}, seed {s.args.seed}, {s.args.eval_episodes} episodes: normalised score (success rate)")
-    print(f"{'env step':>10}  " + "  ".join(f"{name:>18}" for name in columns))
-    for row in rows:
-        cells = [f"{r['eval/normalized_score']:9.1f} ({r['eval/success_rate']:6.1%})" if r else "-"
-                 for r in (row[name] for name in columns)]
-        print(f"{row['env_step']:>10}  " + "  ".join(f"{cell:>18}" for cell in cells))
-    print(f"saved in {s.path}")
-    return rows
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
 
 @contextmanager
-def errors_in_one_line(s):
-    """What can stop a run that has started, said in one line, with how to go on."""
+def one_line_errors():
+    """What can end a run from outside, said in one line."""
+    sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
     try:
         yield
-    except NonFiniteLoss as error:
-        fail(f"{error}; stopped, the checkpoint before it is kept in {s.path}", code=1)
     except OSError as error:
-        fail(f"cannot write in {s.path} ({error.strerror or error}); make room and continue with --resume", code=1)
+        fail(f"{error}; what was saved before is whole: put it right, then use --resume", 1)
     except KeyboardInterrupt:
-        fail(f"interrupted; continue with --resume, the last checkpoint is in {s.path}", code=130)
+        fail("interrupted", 130)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error) and "alloc" not in str(error):
+            raise
+        fail(f"not enough memory ({str(error).splitlines()[0]}); use smaller networks, batches or budgets", 1)
 
 
-def evaluate_saved(args, load_policy, pattern):
-    """--eval-only: the run's last policy named like pattern ('..._*.pt', * the environment step), on start states that
-    training never saw; --video records three episodes. load_policy(path) -> (act, content)."""
-    setup_torch(replace(args, compile=False))
-    run = Path(args.eval_only)
-    policies = sorted(run.glob(pattern), key=lambda path: int(path.stem.split("_")[1]))
-    if not policies:
-        fail(f"{run} has no policy {pattern} yet; finish the run first (--resume)")
-    act, content = load_policy(policies[-1])
-    seed = derive_seed(args.seed, "eval-only")
-    if args.video:
-        import imageio
-
-        try:
-            env, frames = make_env(content["env_id"], "rgb_array"), []
-            evaluate(env, act, min(3, args.eval_episodes), seed, frames)
-        except Exception as error:  # GL back ends fail in many ways
-            fail(f"cannot render ({error}); set MUJOCO_GL=egl, or MUJOCO_GL=osmesa with libosmesa6 installed")
-        video, fps = run / f"{policies[-1].stem}.mp4", env.metadata.get("render_fps", 30)
-        imageio.mimwrite(video.with_suffix(".tmp.mp4"), frames, fps=fps, macro_block_size=2)
-        os.replace(video.with_suffix(".tmp.mp4"), video)
-        print(f"video: {video} ({len(frames)} frames)")
-    episodes = evaluate(make_env(content["env_id"]), act, args.eval_episodes, seed)
-    summary = summarize(content["env_id"], episodes)
-    result = {"policy": policies[-1].name, **summary, "per_episode": episodes}
-    atomic_write(run / f"{policies[-1].stem}_eval.json", json.dumps(result, indent=1).encode())
-    print("  ".join(f"{key} {value:.4g}" for key, value in summary.items()))
-    return summary
-
-
-# === end shared block: session ===
-
-
-# === shared block: pretraining ===
-def pretrain(s):
-    """Algorithm 1, line 1: the exploration agent's update on D_off."""
-    args, p = s.args, s.progress
-    with phase_bar(s, "pretrain", args.offline_steps, p["grad_step"]) as bar:
-        if p["grad_step"] == 0:
-            log_evaluation(s, "pretrain", 0, 0, s.explorer)
-        while p["grad_step"] < args.offline_steps:
-            rows = s.buffer.sample(args.batch_size, s.offline_size)
-            s.losses.add(s.explore_update(rows))
-            p["grad_step"] += 1
-            bar.update()
-            if p["grad_step"] % args.log_every == 0:
-                log_losses(s, "pretrain", 0, p["grad_step"], s.losses)
-            if p["grad_step"] % args.eval_every == 0 or p["grad_step"] == args.offline_steps:
-                log_evaluation(s, "pretrain", 0, p["grad_step"], s.explorer)
-            if p["grad_step"] == args.offline_steps:  # before the checkpoint that ends the phase
-                save_torch(s.path / "pretrained.pt", {"script": s.script, "env_id": args.env_id,
-                                                      "explorer": s.explorer.full_state()})
-            if p["grad_step"] % args.checkpoint_every == 0 or p["grad_step"] == args.offline_steps:
-                p["phase"] = "online" if p["grad_step"] == args.offline_steps else "pretrain"
-                save_checkpoint(s)
-    p["phase"] = "online"
-
-
-# === end shared block: pretraining ===
-
-
-# === shared block: baseline online phase ===
-def online(s, save_policy):
-    """Act, store and learn until the budget is spent. At save_at and at the end the policy is saved as
-    save_policy(s, path), evaluated, and its score kept for the table."""
-    args, p = s.args, s.progress
-    last_checkpoint = p["saved_steps"]
-    with phase_bar(s, "online", args.online_steps, p["env_step"]):
-        if p["env_step"] == 0:
-            log_evaluation(s, "online", 0, p["grad_step"], s.explorer)
-        while p["env_step"] < args.online_steps:
-            for t in play_episode(s):
-                wanted = t in args.save_at or t == args.online_steps
-                summary = log_online_step(s, t, wanted)
-                if wanted:
-                    p["scores"][str(t)] = summary
-                    save_policy(s, s.path / f"policy_{t}.pt")
-            if p["env_step"] >= args.online_steps or p["env_step"] - last_checkpoint >= args.checkpoint_every:
-                save_checkpoint(s)
-                last_checkpoint = p["env_step"]
-    p["phase"] = "done"
-    save_checkpoint(s)
-
-
-def report(s):
-    """The table of the saved policies' scores."""
-    return print_table(s, {*s.args.save_at, s.args.online_steps}, {s.script: s.progress["scores"]})
-
-
-# === end shared block: baseline online phase ===
-
-
-# === policy files ===
-def save_policy(s, path):
-    """Both policies and Q, as load_policy needs them. This method normalises no observations; actions are the
-    environment's, in [-1, 1]."""
-    agent = s.explorer
-    save_torch(path, {
-        "script": SCRIPT, "env_id": s.args.env_id, "obs_dim": s.obs_dim, "act_dim": s.act_dim,
-        "hidden_dims": list(s.args.hidden_dims), "epsilon": agent.epsilon, "inv_temperature": agent.inv_temperature,
-        "log_std_min": agent.actor.log_std_min, "observation_normalization": None, "agent": agent.state_dict(),
-    })
-
-
-def load_policy(path, device="cpu"):
-    """Returns (act, content) of a file of save_policy; act(obs) is an action as PEX evaluates, numpy to numpy."""
-    content = load_torch(path, SCRIPT, device)
-    options = {name: content[name] for name in ("log_std_min", "inv_temperature", "epsilon")}
-    agent = PEXAgent(content["obs_dim"], content["act_dim"], content["hidden_dims"], 0.0, device, **options)
-    agent.load_state_dict(content["agent"])
-    return lambda obs: agent.act(obs, sample=False), content
-
-
-# === main ===
-# What the run of --init-from must have in common with this one, for its Q and policy to mean the same here.
-SAME_AS_SOURCE = ("hidden_dims", "gamma", "expectile", "temperature", "log_std_min", "q_reward_bounds", "reward_scale",
-                  "reward_bias", "mask_reward")
-
-
-def read_source(args):
-    """config.json of --init-from; exit 2 if its pretraining was not the offline phase of this run."""
-    source = read_config(args.init_from, "iql_ooo")
-    was = source["args"]
-    if was["env_id"] != args.env_id:
-        fail(f"--init-from {args.init_from} is a run of {was['env_id']}, not of {args.env_id}")
-    if was["intrinsic_reward_scale"]:
-        fail(f"--init-from {args.init_from} was pretrained with RND's bonus; PEX starts from plain IQL: give a run of "
-             "iql_ooo.py --intrinsic-reward-scale 0")
-    changed = [name for name in SAME_AS_SOURCE if was[name] != getattr(args, name)]
-    if changed:
-        values = ", ".join(f"--{name.replace('_', '-')} was {was[name]}" for name in changed)
-        fail(f"--init-from {args.init_from} was pretrained with other settings: {values}; give the same ones")
-    return source
-
-
-def open_session(args):
-    """Check everything, load the data and build the agents; nothing is written before all of it has worked."""
-    check_args(args)
-    source = read_source(args) if args.init_from else None
-    s = new_session(args, SCRIPT, source)
-    load_offline(s, args.online_steps)
-    s.progress |= dict(scores={})
-    low, high = args.q_reward_bounds or (-float("inf"), float("inf"))
-    s.settings = Settings(args.gamma, args.tau, args.expectile, args.temperature, q_min=low / (1 - args.gamma),
-                          q_max=high / (1 - args.gamma))
-    s.explorer = offline = Agent(s.obs_dim, s.act_dim, args.hidden_dims, args.learning_rate, s.device,
-                                 dropout=args.dropout, log_std_min=args.log_std_min)
-    s.learners = {"offline": offline}
-    s.explore_update = make_gradient_step(args, s.buffer, lambda batch, _: iql_update(offline, batch, s.settings))
-    if s.saved and "pex" in s.saved["learners"]:
-        expand(s)
-    elif source:
-        offline.load_full_state(load_torch(Path(args.init_from) / "pretrained.pt", "iql_ooo", s.device)["explorer"])
-        s.progress |= dict(phase="online", grad_step=source["args"]["offline_steps"])
-    start_run(s)
-    return s
-
-
-def expand(s):
-    """From offline to online: the policy freezes and a new one joins it; batches of the two kinds of data."""
-    args = s.args
-    s.explorer = agent = PEXAgent(
-        s.obs_dim, s.act_dim, args.hidden_dims, args.learning_rate, s.device, offline=s.explorer,
-        log_std_min=args.log_std_min, inv_temperature=args.inv_temperature, epsilon=args.epsilon)
-    s.learners, s.losses = {"pex": agent}, LossHistory()
-    s.explore_update = make_gradient_step(args, s.buffer, lambda batch, _: pex_update(agent, batch, s.settings))
-    online_rows = torch.arange(s.offline_size, len(s.buffer.data), device=s.device)
-    online_share = args.batch_size - round(args.batch_size * args.offline_ratio)
-
-    def learn():
-        if s.progress["env_step"] > args.learning_starts:
-            collected = online_rows[: s.buffer.size - s.offline_size]
-            return s.explore_update(s.buffer.sample(args.batch_size, s.offline_size, collected, online_share))
-
-    s.choose_action, s.learn = lambda obs: agent.act(obs, sample=True), learn
-
-
-def main(args):
-    if args.eval_only:
-        return evaluate_saved(args, load_policy, "policy_*.pt")
-    s = open_session(args)
-    with errors_in_one_line(s):
-        if s.progress["phase"] == "pretrain":
-            pretrain(s)
-        if s.progress["phase"] == "online":
-            if "pex" not in s.learners:
-                expand(s)
-            online(s, save_policy)
-        return report(s)
+# === end shared block: run directory ===
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with one_line_errors():
+        main(parse_args())

@@ -68,7 +68,7 @@ import torch
 import tyro
 from filelock import FileLock, Timeout
 from torch import nn
-from tqdm import trange
+from tqdm import tqdm
 
 SCRIPT = "pointmass_didactic"  # written into every file of a run, also by a renamed copy
 
@@ -750,6 +750,8 @@ def draw_figure(args, buffer, explored, retrained):
 # --- command line ---
 def fail(message, code=2) -> NoReturn:
     """Say in one line on stderr what was wrong and what to do, and exit."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(code)
 
@@ -762,7 +764,7 @@ def parse_args(argv=None):
     if source := getattr(first, "eval_only", "") or getattr(first, "exploit_only", ""):
         own = {name: getattr(Args, name) for name in (*OWN, "exp_name", "eval_only", "exploit_only") if
                hasattr(Args, name)}
-        default = Args(**read_config(source)["args"] | own)
+        default = tyro_cli(command_line(read_config(source)["args"] | own), Args(), f"{source}/config.json: ")
         check_ranges(default)
     else:
         default = replace(Args(env_id=first.env_id), **TASKS[first.env_id].settings)
@@ -788,15 +790,26 @@ def parse_args(argv=None):
     return args
 
 
-def tyro_cli(argv, default):
+def command_line(settings):
+    """The words that give these settings: those of a config.json are read as if they were typed."""
+    flat = lambda value: [w for x in value for w in flat(x)] if isinstance(value, tuple) else [str(value)]  # noqa: E731
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        if isinstance(getattr(Args, name), bool) and isinstance(value, bool):
+            yield f"--{flag}" if value else f"--no-{flag}"
+        else:
+            yield from (f"--{flag}", *flat(value)) if isinstance(value, tuple) else (f"--{flag}={value}",)
+
+
+def tyro_cli(argv, default, where=""):
     """tyro's reading of a command line; its errors, which fill a box, as one line."""
     box = io.StringIO()
     try:
         with redirect_stderr(box):
-            return tyro.cli(Args, args=argv, default=default, description=__doc__)
+            return tyro.cli(Args, args=list(argv), default=default, description=__doc__)
     except SystemExit as stop:
         if stop.code:
-            fail(re.sub(r"[\s\u2500-\u257f]+", " ", box.getvalue()))
+            fail(where + re.sub(r"(?:[\s\u2500-\u257f]|-{3,})+", " ", box.getvalue()))
         raise
 
 
@@ -847,7 +860,7 @@ def due(step, every, last):
 def progress_bar(name, start, stop):
     """Step numbers from start to stop, with a bar on stderr; in a log file it is a line a minute."""
     interval = 0.1 if sys.stderr.isatty() else 60
-    return trange(start, stop, initial=start, total=stop, desc=name, dynamic_ncols=True, mininterval=interval,
+    return tqdm(range(start, stop), initial=start, total=stop, desc=name, dynamic_ncols=True, mininterval=interval,
                   maxinterval=max(10, interval))
 
 
@@ -1138,8 +1151,7 @@ class Run:
             "models": {name: state_of(model) for name, model in models.items()}})
         if self.signal:
             name = signal.Signals(self.signal).name
-            print(f"stopped by {name}, the checkpoint is written; continue with --resume", file=sys.stderr)
-            raise SystemExit(128 + self.signal)
+            fail(f"stopped by {name}; the checkpoint is written, continue with --resume", 128 + self.signal)
 
 
 def provenance(device):

@@ -8,23 +8,28 @@ Folders are searched for run directories at any depth; `reproduce.py` makes them
 algorithm a run is follows from its settings, not from its name. Needs requirements-reproduce.txt.
 
 What the numbers are:
- 1. A cell is the mean over seeds of the score at the paper's share of the online budget (Table 2: 500k of a run of 500k
-    steps is the end of a run of any length), else of the last time that the run has. Each cell says the time t.
+ 1. A cell is the mean over seeds of the score at one time t, which it says: the paper's t where the online budget of
+    the run reaches it, else t's share of that budget; and of the policy's scores the last one not after it. A run
+    without one has no part in the cell. All policies are read so.
  2. +- is the standard error over seeds (standard deviation with n - 1, over sqrt(n)); a single seed has none.
  3. Runs of a cell that differ in a setting that bears on it, in package versions, in the script's text (by commit) or
-    in their data are never averaged: report.py stops and names them, or shows them side by side with --mixed.
+    in their data are never averaged: report.py stops and names them, or shows them side by side with --mixed. A run
+    that was continued on other versions or another script differs from one that was not.
  4. Unfinished runs do not count; --unfinished shows their last evaluation, marked with a dagger. A double dagger marks
-    settings that are not the paper's, which are then listed; budgets show as the scale, t over the paper's.
+    settings that are not the paper's and changes on the way, which are then listed; budgets show as the scale, t over
+    the paper's. What cannot be read is left out and named.
  5. IQM (interquartile mean) and probability of improvement are rliable's, with 95 % stratified bootstrap intervals,
-    over the tasks that both methods have and the seeds that are common to all of these.
+    over the tasks that both methods have at equal times and the seeds that are common to all of these.
 """
 
 import base64
 import fnmatch
 import importlib
+import io
 import itertools
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -38,7 +43,19 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
-from reproduce import ALGORITHMS, ANTMAZE, KITCHEN, POINTMASS, TARGETS, fail, nearest  # noqa: E402
+from reproduce import (  # noqa: E402
+    ALGORITHMS,
+    ANTMAZE,
+    KITCHEN,
+    POINTMASS,
+    TARGETS,
+    fail,
+    nearest,
+    output_folder,
+    read_records,
+    run_main,
+    write_whole,
+)
 
 PAPER = json.loads((ROOT / "results" / "paper.json").read_text())
 # Of each column of the paper's tables: algorithm, which of its policies, and t if it is not the table's own.
@@ -113,15 +130,30 @@ class Record:
     phase); exploitation: the same at each retraining time; retraining: {t: [(gradient step, score)]}."""
 
     path: Path
+    name: str  # the path as it may stand in the report
     algorithm: str
     env_id: str
     seed: int
     config: dict
-    finished: bool
+    starts: list  # config, then what each later start recorded: commit, versions, hardware
+    results: dict | None  # results.json of a finished run
     metrics: list = field(repr=False, default_factory=list)
     exploration: dict = field(default_factory=dict)
     exploitation: dict = field(default_factory=dict)
     retraining: dict = field(default_factory=dict)
+
+    @property
+    def finished(self):
+        return self.results is not None
+
+
+def plain(value):
+    """A copy of something read from a run in whose texts no HTML, Markdown or terminal code is left."""
+    if isinstance(value, str):
+        return re.sub(r"""[&<>"'|*\[\]`\\\x00-\x1f\x7f-\x9f]""", lambda match: f"&#{ord(match[0])};", value)
+    if isinstance(value, dict):
+        return {plain(k): plain(v) for k, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, list) else value
 
 
 def identify(config):
@@ -150,45 +182,56 @@ def upsampled(env_id):
 
 
 def read_run(path):
-    """A Record, or None if the folder's config.json is not that of a run."""
-    try:
-        config = json.loads((path / "config.json").read_text())
-        algorithm = identify(config)
-        if algorithm not in ALGORITHMS:
-            return None
-        args = config["args"]
-        lines = (path / "metrics.jsonl").read_text().splitlines()
-        metrics = [json.loads(line) for line in lines]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    record = Record(path, algorithm, args["env_id"], args["seed"], config, (path / "results.json").exists(), metrics)
-    for line in metrics:
+    """The Record of a run directory. Whatever is wrong with it is a ValueError, KeyError, TypeError or OSError."""
+    config = plain(json.loads((path / "config.json").read_text()))
+    algorithm, args = identify(config), config["args"]
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"unknown script {algorithm!r}")
+    results = path / "results.json"
+    record = Record(path, plain(path.as_posix()), algorithm, args["env_id"], int(args["seed"]), config,
+                    [config, *config.get("resumed", ())],
+                    plain(json.loads(results.read_text())) if results.exists() else None,
+                    read_records(path / "metrics.jsonl"))
+    for line in record.metrics:
+        t, phase, step = int(line["env_step"]), line["phase"], int(line["grad_step"])
         if "eval/normalized_score" not in line:
             continue
-        value = line["eval/normalized_score"], line["eval/episodes"]
-        if line["phase"] == "retrain":
-            record.exploitation[line["env_step"]] = value
-            record.retraining.setdefault(line["env_step"], []).append((line["grad_step"], value[0]))
+        value = float(line["eval/normalized_score"]), int(line["eval/episodes"])
+        if not math.isfinite(value[0]):
+            raise ValueError(f"a score of {value[0]}")
+        if phase == "retrain":
+            record.exploitation[t] = value
+            record.retraining.setdefault(t, []).append((step, value[0]))
         else:
-            t = line["env_step"] if line["phase"] == "online" else line["grad_step"] - args.get("offline_steps", 0)
-            record.exploration[t] = value
-    if config["args"].get("exploit_only"):
+            record.exploration[t if phase == "online" else step - int(args.get("offline_steps", 0))] = value
+    if args.get("exploit_only"):
         record.exploration = {}  # those of its source
+    for policy in ("exploration", "exploitation"):  # what the cells will ask for
+        for time in getattr(record, policy):
+            settings_of(record, policy, time)
+    provenance([record])
     return record
 
 
 def read_all(args):
-    records = []
+    """([Record], [what was left out and why])."""
+    records, left_out = [], []
     for folder in args.folders:
         if not Path(folder).is_dir():
             fail(f"{folder} is not a folder; give the --runs-dir of the runs")
-        for path in sorted(p.parent for p in Path(folder).rglob("config.json")):
-            if not any(fnmatch.fnmatch(path.as_posix(), pattern) for pattern in args.exclude):
+        # Either file makes a folder a run's: a run that has lost one is to be missed.
+        for path in sorted({p.parent for name in ("config.json", "metrics.jsonl") for p in Path(folder).rglob(name)}):
+            if any(fnmatch.fnmatch(path.as_posix(), pattern) for pattern in args.exclude):
+                continue
+            try:
                 records.append(read_run(path))
-    records = [r for r in records if r]
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                reason = f"no {error}" if isinstance(error, KeyError) else getattr(error, "strerror", None) or error
+                left_out.append(f"{plain(path.as_posix())} is left out, it cannot be read: {plain(str(reason))}")
+                print(left_out[-1], file=sys.stderr)
     if not records:
         fail(f"no run directory (config.json, metrics.jsonl) in {' '.join(args.folders)}; start some with reproduce.py")
-    return records
+    return records, left_out
 
 
 # === cells ===
@@ -213,44 +256,53 @@ def paper_time(target, env_id, t=None):
 
 
 def score_at(record, policy, t):
-    """(time, score, episodes) of a policy at the share of the online budget that t is of the paper's, else at the
-    last time before, else at the last one; None if there is no score."""
+    """(time that is wanted, time of the policy's last score not after it or None, that score). Wanted is t, or where
+    the run's online budget does not reach it, t's share of the paper's budget taken of the run's own."""
     online = record.config["args"]["online_steps"]
-    wanted = round(t * online / full_budget(record.algorithm, record.env_id))
-    values = {k: v for k, v in getattr(record, policy).items() if k > 0}
-    if not values:
-        return None
-    time = max((k for k in values if k <= wanted), default=max(values))
-    if policy == "exploitation" and wanted not in values:
-        time = max(values)
-    return time, *values[time]
+    wanted = t if online >= t else round(t * online / full_budget(record.algorithm, record.env_id))
+    values = {k: score for k, (score, _) in getattr(record, policy).items() if 0 < k <= wanted}
+    time = max(values, default=None)
+    return wanted, time, values.get(time)
 
 
 @cache
 def script_text(script, commit):
     """An id of a script's text at a commit: equal commits or equal texts give equal ids."""
     git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--verify", "--quiet", f"{commit}:{script}.py"],
-                         capture_output=True, text=True) if commit and "dirty" not in commit else None
+                         capture_output=True, text=True) if re.fullmatch("[0-9a-f]{7,40}", str(commit)) else None
     return git.stdout.strip() if git and git.returncode == 0 else f"commit {commit}"
+
+
+def bears_on(setting, record, policy):
+    """Whether a setting of a run has a part in the scores of its policy."""
+    without_rnd = record.config["args"].get("intrinsic_reward_scale") == 0
+    return not (setting in NEUTRAL or policy == "exploration" and EXPLOITATION_ONLY.match(setting)
+                or without_rnd and setting.startswith("rnd_"))
 
 
 def settings_of(record, policy, time):
     """dict of all that must be equal for two runs to be averaged."""
     config, args = record.config, record.config["args"]
-    kept = {k: v for k, v in args.items() if k not in NEUTRAL and not (policy == "exploration"
-                                                                       and EXPLOITATION_ONLY.match(k))}
+    kept = {k: v for k, v in args.items() if bears_on(k, record, policy)}
     data = config.get("dataset") or {}
     # A random subset of the data is another one for every seed.
     kept["data"] = data.get("source") if args.get("data_subset") else data.get("sha256")
-    kept["script"] = script_text(config["script"], config.get("commit"))
-    return {**kept, **{f"version of {k}": v for k, v in config["versions"].items()}, "t": time,
-            "episodes": getattr(record, policy)[time][1]}
+    kept["script"] = history(script_text(config["script"], start.get("commit")) for start in record.starts)
+    for name in dict.fromkeys(name for start in record.starts for name in start["versions"]):
+        kept[f"version of {name}"] = history(start["versions"].get(name) for start in record.starts)
+    return {**kept, "t": time, "episodes": getattr(record, policy)[time][1]}
+
+
+def history(values):
+    """The value of each start of a run as one text, without repetitions: "2.13.0" or "2.13.0 then 2.14.0"."""
+    return " then ".join(str(value) for value, _ in itertools.groupby(values))
 
 
 @dataclass
 class Group:
     """Runs of one cell that may be averaged: {seed: (score, record)}."""
 
+    policy: str
     settings: dict
     seeds: dict
 
@@ -270,12 +322,17 @@ class Group:
                 f"t = {steps(t)} (scale {t / paper_t:.3g}){dagger}")
 
     def departures(self):
-        """What is not as in the paper beside the budgets: "goal_x 10 instead of 20, ..."."""
+        """What is not as in the paper beside the budgets, "goal_x 10 instead of 20, ...", what a run of an older script
+        has no setting for, and what changed between the starts of a run."""
         record = next(iter(self.seeds.values()))[1]
         usual, budgets = paper_settings(record.algorithm, record.env_id)
-        usual = json.loads(json.dumps(usual))
-        return ", ".join(f"{k} {self.settings[k]} instead of {v}" for k, v in usual.items()
-                         if k not in budgets | NEUTRAL | {"eval_episodes"} and self.settings.get(k, v) != v)
+        usual = {k: v for k, v in json.loads(json.dumps(usual)).items()
+                 if k not in budgets and k != "eval_episodes" and bears_on(k, record, self.policy)}
+        missing = sorted(usual.keys() - self.settings.keys())
+        words = [f"{k} {self.settings[k]} instead of {v}" for k, v in usual.items() if self.settings.get(k, v) != v]
+        words += [f"{k} {v}" for k, v in self.settings.items()
+                  if (k == "script" or k.startswith("version of ")) and " then " in v]
+        return ", ".join(words + ([f"made before there was {' and '.join(missing)}"] if missing else []))
 
 
 def steps(n):
@@ -287,36 +344,36 @@ def standard_error(scores):
 
 
 def cell(records, env_id, algorithm, policy, t, args):
-    """The groups of a cell, the one with most seeds first."""
-    groups = []
+    """The groups of a cell, the one with most seeds first, and a line for each run that has no score for it."""
+    groups, without = [], []
     for record in records:
         if (record.env_id, record.algorithm) != (env_id, algorithm) or not (record.finished or args.unfinished):
             continue
-        found = score_at(record, policy, t)
-        if found is None:
+        wanted, time, score = score_at(record, policy, t)
+        if time is None:
+            without.append(f"{record.name} has no {policy} score at or before t = {steps(wanted)}.")
             continue
-        time, score, _ = found
         settings = settings_of(record, policy, time)
         group = next((g for g in groups if g.settings == settings), None)
         if group is None:
-            groups.append(group := Group(settings, {}))
+            groups.append(group := Group(policy, settings, {}))
         if record.seed in group.seeds and group.seeds[record.seed][1].path != record.path:
             other = group.seeds[record.seed][1]
             if group.seeds[record.seed][0] != score:
-                fail(f"{record.path} and {other.path} are the same seed with the same settings but other scores; "
+                fail(f"{record.name} and {other.name} are the same seed with the same settings but other scores; "
                      "leave one out with --exclude")
         group.seeds[record.seed] = score, record
     if len(groups) > 1 and not args.mixed:
         fail(f"{why_not_averaged(groups[0], groups[1])}; keep them in folders of their own, leave some out with "
              "--exclude, or show them side by side with --mixed")
-    return sorted(groups, key=lambda g: -len(g.seeds))
+    return sorted(groups, key=lambda g: -len(g.seeds)), without
 
 
 def why_not_averaged(a, b):
     """One line: which runs of a cell differ, and in what."""
     differ = [k for k in {**a.settings, **b.settings} if a.settings.get(k) != b.settings.get(k)]
     what = ", ".join(f"{k} {a.settings.get(k)} and {b.settings.get(k)}" for k in differ[:4])
-    paths = [next(iter(g.seeds.values()))[1].path for g in (a, b)]
+    paths = [next(iter(g.seeds.values()))[1].name for g in (a, b)]
     return (f"{paths[0]} and {paths[1]} are not averaged: {what}"
             + (f" and {len(differ) - 4} more" if len(differ) > 4 else ""))
 
@@ -333,10 +390,11 @@ def table(name, records, args):
         for i, column in enumerate(columns):
             algorithm, policy, t = COLUMNS[column]
             t = paper_time(name, task, t)
-            cells[task, column] = groups = cell(records, task, algorithm, policy, t, args)
+            cells[task, column], without = groups, _ = cell(records, task, algorithm, policy, t, args)
             text = [f"**{g.summary()}**<br>{g.details(t)}" for g in groups] or ["missing"]
             mean, error = paper[task][i]
             texts.append("<br>".join([*text, f"paper {mean:g} ± {error:g}"]))
+            notes += [f"{column}: {line}" for line in without]
             notes += [why_not_averaged(groups[0], g) for g in groups[1:]]
             notes += [f"‡ {task}, {column}: {g.departures()}." for g in groups if g.departures()]
         lines.append(f"| {task} | " + " | ".join(texts) + " |")
@@ -358,10 +416,15 @@ def statistics(columns, tasks, cells):
         if ooo not in columns or base not in columns:
             continue
         shared = [task for task in tasks if len(cells[task, ooo]) == len(cells[task, base]) == 1]
+        times = {task: [cells[task, column][0].settings["t"] for column in (ooo, base)] for task in shared}
+        for task in [task for task in shared if len(set(times[task])) > 1]:
+            shared.remove(task)
+            there, here = map(steps, times[task])
+            lines.append(f"- {task}: {ooo} is read at t = {there}, {base} at t = {here}; not compared.")
         seeds = [set(cells[task, column][0].seeds) for task in shared for column in (ooo, base)]
         seeds = sorted(set.intersection(*seeds)) if seeds else []
         if len(seeds) < 2:
-            lines.append(f"- {ooo} against {base}: fewer than 2 seeds common to both; no intervals.")
+            lines.append(f"- {ooo} against {base}: fewer than 2 seeds common to both at equal times; no intervals.")
             continue
         scores = {c: np.array([[cells[task, c][0].seeds[seed][0] for task in shared] for seed in seeds])
                   for c in (ooo, base)}
@@ -430,20 +493,24 @@ def figure(name, records, args, out):
             if ax.get_legend_handles_labels()[0]:
                 ax.legend(frameon=False, fontsize=7)
     fig.tight_layout()
-    fig.savefig(out / f"{name}.png", dpi=110)
+    picture = io.BytesIO()
+    fig.savefig(picture, format="png", dpi=110)
     plt.close(fig)
+    write_whole(out / f"{name}.png", picture.getvalue())
     number = name.removeprefix("figure")
     lines = [f"## Figure {number}: {title}", "", f"![Figure {number}]({name}.png)", "",
              "Thin: single seeds; thick: their mean where all have the evaluation. Last scores:", "",
              "| task | policy | score | |", "|---|---|---|---|"]
+    notes = []
     for task in tasks:
         for key in keys:
             if not any((r.env_id, r.algorithm) == (task, key[0]) for r in shown):
                 continue
             budget = full_budget(key[0], task)
-            groups = cell(records, task, *key, budget, args)
+            groups, _ = cell(records, task, *key, budget, args)
             lines += [f"| {task} | {LABELS[key]} | {g.summary()} | {g.details(budget)} |" for g in groups]
-    return "\n".join([*lines, ""])
+            notes += [f"- ‡ {task}, {LABELS[key]}: {g.departures()}." for g in groups if g.departures()]
+    return "\n".join([*lines, "", *notes, ""])
 
 
 def draw(ax, kind, records, keys):
@@ -488,27 +555,46 @@ def measured(record, key, policy):
             and line["phase"] == ("online" if online else "retrain") and (online or line["env_step"] == last)]
 
 
-def figure2(records, args, out):
-    """The point mass: its own picture, and its table as it was measured."""
+def figure2(records, out):
+    """The point mass: its own picture, and its table as it was measured. Markdown, or "" if there are no runs."""
     parts = []
     for record in records:
         if record.env_id not in POINTMASS or not record.finished or not (record.path / "figure2.png").exists():
             continue
         name = f"figure2_{len(parts)}.png" if parts else "figure2.png"
-        (out / name).write_bytes((record.path / "figure2.png").read_bytes())
-        results = json.loads((record.path / "results.json").read_text())
-        a, short = record.config["args"], results["shortest_steps"]
-        budget = " / ".join(steps(a[k]) for k in ("offline_steps", "online_steps", "retrain_steps"))
-        parts += [f"`{record.path.name}`: {budget} pretraining / online / retraining steps, "
-                  f"{len(results['rows'][0]['seeds'])} seeds, {results['episodes_per_seed']} episodes each; "
-                  "mean ± standard error.", "", f"![Figure 2]({name})", "",
-                  "| policy | steps to the goal | reach it, % | go under the wall, % |", "|---|---|---|---|"]
-        for row in results["rows"]:
-            form = [mean_error(row["steps"])] + [mean_error(100 * np.array(row[k])) for k in ("success", "under")]
-            parts.append(f"| {row['policy']} | " + " | ".join(form) + " |")
-        shortest = " / ".join(f"{short[way]['mean']:.1f}" for way in ("under", "over"))
-        parts += [f"| shortest way under / over the wall | {shortest} | | |", ""]
+        try:
+            part, picture = pointmass_table(record), (record.path / "figure2.png").read_bytes()
+        except (OSError, KeyError, TypeError, IndexError) as error:
+            parts.append(f"{record.name} is left out: its results cannot be read ({plain(repr(error))}).\n")
+            print(parts[-1], end="", file=sys.stderr)
+            continue
+        write_whole(out / name, picture)
+        parts += [part[0], "", f"![Figure 2]({name})", "", *part[1:], ""]
     return "\n".join(["## Figure 2: point mass and wall", "", *parts]) if parts else ""
+
+
+def pointmass_table(record):
+    """Lines: what was run, and a table of its policies."""
+    a, results = record.config["args"], record.results
+    budget = " / ".join(steps(a[k]) for k in ("offline_steps", "online_steps", "retrain_steps"))
+    lines = [f"{plain(record.path.name)}: {budget} pretraining / online / retraining steps, "
+             f"{len(results['rows'][0]['seeds'])} seeds, {results['episodes_per_seed']} episodes each; "
+             "mean ± standard error.",
+             "| policy | steps to the goal | reach it, % | go under the wall, % |", "|---|---|---|---|"]
+    for row in results["rows"]:
+        form = [mean_error(row["steps"])] + [mean_error(100 * np.array(row[k])) for k in ("success", "under")]
+        lines.append(f"| {row['policy']} | " + " | ".join(form) + " |")
+    shortest = " / ".join(f"{results['shortest_steps'][way]['mean']:.1f}" for way in ("under", "over"))
+    return [*lines, f"| shortest way under / over the wall | {shortest} | | |"]
+
+
+def figure6(folders, out):
+    """The picture of the reduced data sets, where reproduce.py left one; else ""."""
+    found = next((path for folder in folders if (path := Path(folder) / "figure6.png").exists()), None)
+    if not found:
+        return ""
+    write_whole(out / "figure6.png", found.read_bytes())
+    return "## Figure 6: the reduced data sets and their environments\n\n![Figure 6](figure6.png)\n"
 
 
 def mean_error(values):
@@ -516,17 +602,19 @@ def mean_error(values):
 
 
 # === the report ===
-def provenance(records):
-    """A table of the runs: what each is, and from where."""
+def provenance(records, left_out=()):
+    """A table of the runs: what each is, and from where; and what could not be read."""
     lines = ["## Runs", "", "| run | algorithm | seed | commit | offline / online / retrain steps | hardware | |",
              "|---|---|---|---|---|---|---|"]
     for r in records:
-        a, hardware = r.config["args"], r.config["hardware"]
+        a = r.config["args"]
         budget = " / ".join(steps(a.get(k, 0)) for k in ("offline_steps", "online_steps", "retrain_steps"))
-        where = hardware["gpu"] or f"{hardware['cores']} x {hardware['cpu']}"
-        lines.append(f"| {r.path.as_posix()} | {r.algorithm} | {r.seed} | {r.config.get('commit')} | {budget} | "
-                     f"{where}, {hardware['matmul_precision']} | {'' if r.finished else 'unfinished'} |")
-    return "\n".join([*lines, ""])
+        commits = history(start.get("commit") for start in r.starts)
+        machines = [start["hardware"] for start in r.starts]
+        where = history(f"{h['gpu'] or str(h['cores']) + ' x ' + h['cpu']}, {h['matmul_precision']}" for h in machines)
+        lines.append(f"| {r.name} | {r.algorithm} | {r.seed} | {commits} | {budget} | {where} | "
+                     f"{'' if r.finished else 'unfinished'} |")
+    return "\n".join([*lines, "", *(f"- {line}" for line in left_out), ""])
 
 
 def html(text, out):
@@ -552,6 +640,7 @@ def parse_args(argv=None):
     args = tyro.cli(Args, args=argv, description=__doc__)
     if not args.folders:
         fail("give the folders of the runs, for example: python report.py runs")
+    args.folders, args.out = tuple(map(os.path.expanduser, args.folders)), os.path.expanduser(args.out)
     for name in args.only:
         if name not in ITEMS:
             nearest(name, ITEMS, "table or figure")
@@ -560,26 +649,28 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    records, wanted = read_all(args), args.only or ITEMS
+    (records, left_out), wanted = read_all(args), args.only or ITEMS
     # All cells before anything is written, so that mixed runs stop the report first.
     parts = [table(name, records, args)[0] for name in wanted if name in PAPER]
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = output_folder(args.out, "--out")
     for name in wanted:
         if name == "figure2":
-            parts.append(figure2(records, args, out))
+            parts.append(figure2(records, out))
+        elif name == "figure6":
+            parts.append(figure6(args.folders, out))
         elif name in FIGURES:
             parts.append(figure(name, records, args, out))
     head = ("# OOO: measured beside the paper\n\nMean ± standard error over seeds of the last policy at t, never the "
             f"best. The paper's: {PAPER['source']} Runs at a scale below 1, or on regenerated data, are not comparable "
             "with them.\n")
-    text = "\n\n".join([head, *filter(None, parts), provenance(records)])
-    (out / "report.md").write_text(text)
-    (out / "report.html").write_text(html(text, out))
+    text = "\n\n".join([head, *filter(None, parts), provenance(records, left_out)])
+    write_whole(out / "report.md", text.encode())
+    write_whole(out / "report.html", html(text, out).encode())
     used = sum(r.finished or args.unfinished for r in records)
-    print(f"{used} of {len(records)} runs (the others are unfinished) are in {out / 'report.md'} and "
-          f"{out / 'report.html'}")
+    words = [f"{n} {what}" for n, what in ((len(records) - used, "unfinished"), (len(left_out), "left out")) if n]
+    print(f"{used} of {len(records) + len(left_out)} runs{' (' + ', '.join(words) + ')' if words else ''} are in "
+          f"{out / 'report.md'} and {out / 'report.html'}")
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -5,23 +5,27 @@
     python reproduce.py table1 --only pen-binary-v0 --algorithms iql iql_ooo --scale 0.01
     python reproduce.py smoke                                 # every algorithm and ablation at tiny scale
     python reproduce.py table3 --address auto                 # on the Ray cluster that this machine belongs to
-    python reproduce.py table2 -- --compile                   # what follows -- is added to every training command
+    python reproduce.py table2 -- --device cuda               # what follows -- is added to every training command
+    python reproduce.py figure6                               # the reduced data sets and environments; no training
 
-Needs requirements-reproduce.txt, except for --dry-run. As many runs at once as --cpus-per-run and --gpus-per-run leave
-room for. A finished run is skipped, an unfinished one continued, one whose process or node dies retried, always with
-the scripts' own --resume. Ctrl-C leaves everything resumable: give the same command again. On a cluster, all machines
-must see this folder, the run directories and the datasets under the same paths (a shared file system).
+Needs requirements-reproduce.txt, except for --dry-run and figure6. As many runs at once as --cpus-per-run and
+--gpus-per-run leave room for. A finished run is skipped, an unfinished one continued, one whose process or node dies
+retried, always with the scripts' own --resume. Ctrl-C leaves everything resumable: give the same command again. On a
+cluster, all machines must see this folder, the run directories and the datasets under the same paths (a shared file
+system).
 
 How the paper's items become runs:
  1. One online run serves all its retraining times and policies: `iql_ooo` gives IQL + RND and OOO (IQL) of Tables 1
     and 2 and the data of the ablations, which repeat only the retraining (--exploit-only).
  2. `iql`, `calql` and `rlpd` are the methods without bonus; no exploitation policy is trained on their data.
- 3. Figures 8 and 9 are taken to be the learning curves of Tables 1 and 2, figure 10 those of Table 3. Where it is not
-    known which tasks a figure shows, it gets all tasks of its method (--only narrows it).
+ 3. Figures 8, 9 and 10 are the learning curves of Tables 1, 2 and 3. Figures 3, 5, 7 and 13 have the tasks that the
+    paper names (of figure 3 it names those of the left half; the right half gets the same). Of figures 4, 11, 12 and
+    14 they are not stated: all tasks of the method (--only narrows it).
 """
 
 import difflib
 import importlib
+import io
 import json
 import os
 import shlex
@@ -29,7 +33,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -81,16 +87,17 @@ TARGETS = {
     "table2": [(HARD, BASELINES + CALQL_PAIR + IQL_PAIR)],
     "table3": [(LOCOMOTION, ("rlpd", "rlpd_ooo"))],
     "figure2": [(POINTMASS, ("pointmass_didactic",))],
-    "figure3": [(ADROIT + KITCHEN + HARD, ("iql_ooo", "frozen_rnd"))],
+    "figure3": [((ANTMAZE, "relocate-binary-v0"), ("iql_ooo", "frozen_rnd"))],
     "figure4": [(ADROIT + KITCHEN + HARD, IQL_PAIR)],
-    "figure5": [(ADROIT + KITCHEN + HARD, ("iql_ooo", "ooo_td3"))],
-    "figure7": [(ADROIT + KITCHEN, ("calql", "original"))],
+    "figure5": [((ANTMAZE, "relocate-binary-v0"), ("iql_ooo", "ooo_td3"))],
+    "figure6": [],  # no runs: tools/figure6.py draws the data
+    "figure7": [(KITCHEN, ("calql", "original"))],
     "figure8": [(ADROIT + KITCHEN, BASELINES + CALQL_PAIR + IQL_PAIR)],
     "figure9": [(HARD, BASELINES + CALQL_PAIR + IQL_PAIR)],
     "figure10": [(LOCOMOTION, ("rlpd", "rlpd_ooo"))],
     "figure11": [(LOCOMOTION, ("rlpd_ooo", "rlpd_no_up")), (KITCHEN + (ANTMAZE, MAZE2D), ("iql_ooo", "no_up"))],
     "figure12": [(ADROIT + KITCHEN + HARD, IQL_PAIR)],
-    "figure13": [(ADROIT + KITCHEN + HARD, ("iql_ooo", "warm"))],
+    "figure13": [((ANTMAZE,), ("iql_ooo", "warm"))],
     "figure14": [(ADROIT + KITCHEN + HARD, ("iql_ooo", "sync"))],
 }
 # Everything at tiny scale: one task each, so that it ends within minutes.
@@ -122,13 +129,13 @@ class Run:
     env_id: str
     seed: int
     command: list[str]
-    source: str | None
+    source: str | None = None
 
 
 @dataclass
 class Args:
     target: str
-    """table1 to table3, figure2 to figure5, figure7 to figure14, or smoke."""
+    """table1 to table3, figure2 to figure14, or smoke."""
     seeds: int = 5
     """Seeds 1, 2, ... of each row."""
     only: tuple[str, ...] = ()
@@ -151,15 +158,7 @@ class Args:
     """How often a run is continued after its process or node died."""
 
 
-def fail(message, code=2):
-    """Say in one line on stderr what was wrong and what to do, and exit."""
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
-    raise SystemExit(code)
-
-
-def nearest(name, names, what):
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
-    fail(f"unknown {what} {name!r}; did you mean {near}? There are: {', '.join(names)}")
+RANGES = dict(seeds=(1, 1000), scale=(1e-6, 1000), cpus_per_run=(1, 1024), gpus_per_run=(0, 64), retries=(0, 1000))
 
 
 def parse_args(argv=None):
@@ -178,11 +177,8 @@ def parse_args(argv=None):
     for name in args.algorithms:
         if name not in algorithms:
             nearest(name, list(algorithms), f"algorithm of {args.target}")
-    for name, low in (("seeds", 1), ("cpus_per_run", 1), ("retries", 0)):
-        if getattr(args, name) < low:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)} is too small; the least is {low}")
-    if args.scale <= 0:
-        fail(f"--scale {args.scale:g} must be above 0")
+    check_ranges(args, RANGES)
+    args.runs_dir = os.path.expanduser(args.runs_dir)
     return args, extra
 
 
@@ -195,7 +191,7 @@ def expand(args, extra=()):
                 if (not args.only or env_id in args.only) and (not args.algorithms or name in args.algorithms):
                     for seed in range(1, args.seeds + 1):
                         add_run(runs, args, extra, name, env_id, seed)
-    if not runs:
+    if not runs and TARGETS[args.target]:
         fail(f"nothing is left of {args.target}: its --algorithms do not run on these tasks (--only)")
     return list(runs.values())
 
@@ -229,17 +225,149 @@ def add_run(runs, args, extra, algorithm, env_id, seed):
     return name
 
 
+def check_extra(args, runs, extra):
+    """Exit 2 with one line unless every training command takes the flags after --, and is still the same run."""
+    refused = {}  # {reason: scripts}
+    trained = [run for run in runs if not run.source]  # a retraining takes over its source's settings
+    for run in trained:
+        output = io.StringIO()
+        try:
+            with redirect_stdout(output), redirect_stderr(output):
+                script = load_script(run)
+                parsed = script.parse_args(run.command[2:])
+                getattr(script, "check_args", lambda args: None)(parsed)
+        except SystemExit:  # the script's own line, or a box of tyro's: its title, then what was wrong
+            lines = [line.strip("╭╮╰╯│─+-| ") for line in output.getvalue().splitlines()]
+            lines = [line for line in lines if line] or ["--help"]
+            refused.setdefault(lines[min(1, len(lines) - 1)].removeprefix("error: "), set()).add(run.command[1])
+            continue
+        if (f"{parsed.env_id}__{parsed.exp_name}__{parsed.seed}", parsed.runs_dir) != (run.name, args.runs_dir):
+            fail(f"{shlex.join(extra)} names a task, seed or folder; say that before -- (--only, --seeds, --runs-dir)")
+    if refused:
+        taken = sorted({run.command[1] for run in trained}.difference(*refused.values()))
+        fail(f"{shlex.join(extra)} is refused: " + "; ".join(
+            f"{', '.join(sorted(scripts))}: {reason}" for reason, scripts in refused.items())
+            + (f"; {', '.join(taken)} would take it (--algorithms)" if taken else ""))
+
+
+def load_script(run):
+    """The script of a run as a module."""
+    sys.path[:] = [str(ROOT), *(path for path in sys.path if path != str(ROOT))]
+    return importlib.import_module(Path(run.command[1]).stem)
+
+
+# === what report.py and tools/ use too ===
+def fail(message, code=2):
+    """Say in one line on stderr what was wrong and what to do, and exit."""
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def nearest(name, names, what):
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+    fail(f"unknown {what} {name!r}; did you mean {near}? There are: {', '.join(names)}")
+
+
+def check_ranges(args, ranges):
+    """Exit 2 for a field of args outside ranges {name: (least, most)}; NaN lies outside of all, None is unset."""
+    for name, (low, high) in ranges.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            fail(f"--{name.replace('_', '-')} {value:g} must be from {low:g} to {high:g}")
+
+
+def read_records(path):
+    """The records (dicts) of a .jsonl file. A last line that a killed run wrote by half is left out, with a word on
+    stderr; ValueError, naming file and line, for damage elsewhere; OSError if the file cannot be read."""
+    records, lines = [], Path(path).read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append({**json.loads(line)})
+        except (ValueError, TypeError):  # TypeError: no dict
+            if number < len(lines):
+                raise ValueError(f"line {number} of {path} is damaged") from None
+            if line:
+                print(f"the last line of {path} was half written and is left out", file=sys.stderr)
+    return records
+
+
+def output_folder(folder, flag):
+    """Path of a folder to write to, made if it is missing and tried; exit 2 where nothing can be written."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            file.write(b"x")
+    except OSError as error:
+        fail(f"{flag} {folder}: nothing can be written there ({error.strerror}); choose another folder")
+    return Path(folder)
+
+
+def write_whole(path, content):
+    """Write bytes so that at any moment the file is the old one or the new one, complete."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:  # that of a write names no file
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Lasting:
+    """An output stream that may go away (| head, a closed terminal, a full disk): the rest is then dropped."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def attempt(self, method, *args):
+        try:
+            return getattr(self.stream, method)(*args)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def write(self, text):
+        return self.attempt("write", text)
+
+    def flush(self):
+        self.attempt("flush")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def run_main(main):
+    """main() as a program: Ctrl-C and a disk that fails are one line (exit 130 and 1), lost output streams nothing."""
+    sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
+    except OSError as error:
+        fail(f"{error.filename or 'output'}: {error.strerror or error}", 1)
+    finally:
+        sys.stdout.flush()
+
+
 # === what the run directories say ===
 def finished(run, runs_dir):
-    """Whether the run is complete; exit 2 if its directory holds a run with other settings."""
+    """Whether the run is complete; exit 2 if its directory is damaged, a file, or holds a run with other settings."""
     path = Path(runs_dir) / run.name
-    if not (path / "results.json").exists():
+    if not path.exists():
         return False
-    sys.path.insert(0, str(ROOT))
-    script = importlib.import_module(Path(run.command[1]).stem)
-    wanted = json.loads(json.dumps(asdict(script.parse_args(run.command[2:]))))
-    saved = json.loads((path / "config.json").read_text())["args"]
-    changed = [k for k, v in wanted.items() if k not in script.NOT_SETTINGS and saved.get(k) != v]
+    try:
+        saved = json.loads((path / "config.json").read_text())["args"]
+        if not (path / "results.json").exists():
+            return False
+        json.loads((path / "results.json").read_text())
+        script = load_script(run)
+        wanted = json.loads(json.dumps(asdict(script.parse_args(run.command[2:]))))
+        free = getattr(script, "FREE", None) or script.NOT_SETTINGS  # may change when a run is continued
+        changed = [k for k, v in wanted.items() if k not in free and v not in ("auto", saved.get(k))]
+    except FileNotFoundError:  # killed before its config was there
+        return False
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        fail(f"{path} is no readable run ({type(error).__name__}: {error}); move it away, or choose another --runs-dir")
     if changed:
         was = ", ".join(f"--{k.replace('_', '-')} was {saved.get(k)}, is {wanted[k]}" for k in changed)
         fail(f"{path} was made with other settings ({was}); move it away, or choose another --runs-dir")
@@ -264,35 +392,36 @@ def last_records(path, size=1 << 16):
 def progress(run, runs_dir):
     """dict of phase, share of the run's steps that are done, score, speed (steps/s) and seconds left, as far as they
     are known; speeds of different phases differ, so the time left is rough."""
-    path, state = Path(runs_dir) / run.name, {}
+    path, state, newest = Path(runs_dir) / run.name, {}, None
     try:
-        settings = json.loads((path / "config.json").read_text())["args"]
-    except (OSError, ValueError):
-        return state
-    for record in last_records(path / "metrics.jsonl"):
-        state.setdefault("phase", record["phase"])
-        state.setdefault("record", record)
-        if "eval/normalized_score" in record or "eval/success_rate" in record:
-            score = record.get("eval/normalized_score")
-            state["score"] = 100 * record["eval/success_rate"] if score is None else score
+        config = json.loads((path / "config.json").read_text())
+        settings = config["args"]
+        for record in last_records(path / "metrics.jsonl"):
+            newest = newest or record
+            if "eval/normalized_score" in record or "eval/success_rate" in record:
+                score = record.get("eval/normalized_score")
+                state["score"] = 100 * record["eval/success_rate"] if score is None else score
+                break
+        for record in last_records(path / "timing.jsonl"):
+            state["speed"] = record["charts/SPS"]
             break
-    if "record" not in state:
-        return state
-    for record in last_records(path / "timing.jsonl"):
-        state["speed"] = record["charts/SPS"]
-        break
-    record = state.pop("record")
-    # Steps of all kinds count alike. A retraining for t comes when the online phase has reached t.
-    offline, retrain, t = settings.get("offline_steps", 0), settings.get("retrain_steps", 0), record["env_step"]
-    times = settings.get("retrain_at", [settings["online_steps"]] if retrain else [])
-    explores = not settings.get("exploit_only")
-    total = explores * (offline + settings["online_steps"]) + len(times) * retrain
-    done = explores * t + sum(time < t for time in times) * retrain
-    done += record["grad_step"] if state["phase"] in ("pretrain", "retrain") else 0
-    done += offline if explores and state["phase"] != "pretrain" else 0
-    state["done"] = min(1.0, done / max(total, 1))
-    if state.get("speed"):
-        state["left"] = max(0, total - done) / state["speed"]
+        # Steps of all kinds count alike. Retrainings come after the online phase; with --sync, and in scripts that
+        # write no run_id, when it has reached their t.
+        after = "run_id" in config and not settings.get("sync")
+        phase, t = newest["phase"], newest["env_step"]
+        offline, retrain = settings.get("offline_steps", 0), settings.get("retrain_steps", 0)
+        times = settings.get("retrain_at", [settings["online_steps"]] if retrain else [])
+        explores = not settings.get("exploit_only")
+        total = explores * (offline + settings["online_steps"]) + len(times) * retrain
+        done = explores * (settings["online_steps"] if after and phase == "retrain" else t)
+        done += sum(time < t for time in times) * retrain if phase == "retrain" or not after else 0
+        done += newest["grad_step"] if phase in ("pretrain", "retrain") else 0
+        done += offline if explores and phase != "pretrain" else 0
+        state |= {"phase": phase, "done": min(1.0, done / max(total, 1))}
+        if state.get("speed"):
+            state["left"] = max(0, total - done) / state["speed"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass  # no records yet, or damaged ones, at which the script itself stops
     return state
 
 
@@ -311,23 +440,25 @@ def execute(command, folder, log, environment, retries, *sources):
     if any(sources):
         return "the run whose data it needs failed"
     command = [sys.executable, str(ROOT / command[1]), *command[2:], "--resume"]
-    for attempt in range(retries + 1):
-        with open(log, "ab") as file:
-            file.write(f"--- worker {os.getpid()}, attempt {attempt + 1}: {shlex.join(command[1:])}\n".encode())
-            file.flush()
-            child = subprocess.Popen(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
-                                     env={**os.environ, **environment}, preexec_fn=end_with_parent)
-            try:
-                code = child.wait()
-            except BaseException:  # cancelled
-                child.terminate()
-                child.wait()
-                raise
-        if code >= 0:  # not killed by a signal: the script knew what it did
-            break
+    try:
+        for attempt in range(retries + 1):
+            with open(log, "ab", buffering=0) as file:
+                file.write(f"--- worker {os.getpid()}, attempt {attempt + 1}: {shlex.join(command[1:])}\n".encode())
+                child = subprocess.Popen(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+                                         env={**os.environ, **environment}, preexec_fn=end_with_parent)
+                try:
+                    code = child.wait()
+                except BaseException:  # cancelled
+                    child.terminate()
+                    child.wait()
+                    raise
+            if code >= 0:  # not killed by a signal: the script knew what it did
+                break
+        lines = Path(log).read_text(errors="replace").splitlines()
+    except OSError as error:
+        return f"{error.filename or log}: {error.strerror}"
     if code == 0:
         return ""
-    lines = Path(log).read_text(errors="replace").splitlines()
     return f"exit status {code}: {lines[-1] if lines else ''}"
 
 
@@ -344,11 +475,7 @@ def run_all(args, runs):
     if not todo:
         print(f"all {len(runs)} runs of {args.target} are finished in {runs_dir}")
         return 0
-    logs = runs_dir / "logs"
-    try:
-        logs.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"cannot write in {runs_dir} ({error.strerror}); choose another --runs-dir")
+    logs = output_folder(runs_dir / "logs", "--runs-dir")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves the runs beside anything else
     try:
@@ -443,11 +570,20 @@ def table(args, runs, states, height):
 
 def main(argv=None):
     args, extra = parse_args(argv)
-    runs = expand(args, extra)
+    if args.target == "figure6":
+        command = ["python", "tools/figure6.py", "--out", f"{args.runs_dir}/figure6.png", *extra]
+        runs = [Run("figure6", "", "", 1, command)]
+    else:
+        runs = expand(args, extra)
+        if extra:
+            check_extra(args, runs, extra)
     if args.dry_run:
         for run in runs:
             print(shlex.join(run.command))
         return
+    if args.target == "figure6":
+        output_folder(args.runs_dir, "--runs-dir")
+        sys.exit(subprocess.call([sys.executable, str(ROOT / runs[0].command[1]), *runs[0].command[2:]]))
     if shutil.which("git") is None:
         print("git is not installed: the runs' records will not name the commit", file=sys.stderr)
     failed = run_all(args, runs)
@@ -456,4 +592,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

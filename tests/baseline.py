@@ -1,10 +1,8 @@
-"""What the tests of td3_rnd.py and pex.py have in common."""
+"""What the tests of td3_rnd.py and pex.py have in common: runs in this process, and kills."""
 
 import copy
-import hashlib
 import json
 import signal
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +24,7 @@ class Session:
 
     def __init__(self, script, monkeypatch):
         self.script, self.monkeypatch, self.agents = script, monkeypatch, []
-        for name in {"Agent", "TD3Agent", "PEXAgent"} & set(vars(script)):
+        for name in {"Agent", "FujimotoAgent", "PEXAgent"} & set(vars(script)):
             kind = getattr(script, name)
 
             def init(agent, *args, build=kind.__init__, **options):
@@ -34,16 +32,21 @@ class Session:
                 self.agents.append(agent)
 
             monkeypatch.setattr(kind, "__init__", init)
-        for env_id, task in script.ENVIRONMENTS.items():
+        for env_id, task in script.TASKS.items():
             horizon = KITCHEN_HORIZON if task.family == "kitchen" else HORIZON
-            monkeypatch.setitem(script.ENVIRONMENTS, env_id, replace(task, horizon=horizon))
+            monkeypatch.setitem(script.TASKS, env_id, task._replace(horizon=horizon))
 
     def run(self, *words):
         self.agents.clear()
-        return self.script.main(self.script.parse_args([str(word) for word in words]))
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        try:
+            return self.script.main(self.script.parse_args([str(word) for word in words]))
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
     def spy(self, name, before):
-        """Call before(*args) ahead of every call of a function of the script."""
+        """Call before(*args, **options) ahead of every call of a function of the script."""
         function = getattr(self.script, name)
 
         def wrapper(*args, **options):
@@ -74,28 +77,31 @@ def check_scores(script, run, rows, times, agent):
     evaluations = {r["env_step"]: r["episodes"] for r in read_lines(run / "evals.jsonl") if r["phase"] == "online"}
     assert evaluations.keys() == {0, *times}
     for row in rows:
-        env_id = run.name.split("__")[0]
-        assert row[script.SCRIPT] == script.summarize(env_id, evaluations[row["env_step"]])
-    act, content = script.load_policy(run / f"policy_{times[-1]}.pt")
-    state = agent.state_dict()
-    assert all(torch.equal(value, state[name]) for name, value in content["agent"].items())
-    action = act(np.ones(agent.actor[0].in_features if hasattr(agent.actor, "__getitem__")
-                         else agent.actor.net[0].in_features, np.float32))
-    assert np.abs(action).max() <= 1 and action.dtype == np.float32
+        returns = [episode["return"] for episode in evaluations[row["env_step"]]]
+        assert row["policy"]["eval/return"] == pytest.approx(np.mean(returns))
+    saved = {t: script.load_policy(run / f"policy_{t}.pt") for t in times}
+    for name, value in agent.state_dict().items():  # the last one is the agent as it is now
+        assert torch.equal(saved[times[-1]].state_dict()[name], value), name
+    action = saved[times[-1]].act(np.ones(agent.options["obs_dim"], np.float32))
+    assert action.shape == (agent.options["act_dim"],) and action.dtype == np.float32 and np.abs(action).max() <= 1
 
 
 def outcome(run):
-    """Bytes of the records, and fingerprints of policies, data and the last checkpoint."""
-    def digest(content):
-        if isinstance(content, torch.Tensor):
-            return hashlib.sha256(content.contiguous().numpy().tobytes()).hexdigest()
-        if isinstance(content, dict):
-            return {str(key): digest(value) for key, value in content.items()}
-        return [digest(value) for value in content] if isinstance(content, list | tuple) else content
+    """What is the same in every run: all bytes, but for times, ids and the run's name; of the last checkpoint the
+    learners and counters."""
+    differ = {"timing.jsonl", "config.json", ".lock", "checkpoint.pt"}
+    found = {path.name: path.read_bytes() for path in run.iterdir() if path.name not in differ}
+    checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
+    return found | {"checkpoint.pt": flat({name: checkpoint[name] for name in ("models", "progress")})}
 
-    found = {name: (run / name).read_bytes() for name in ("metrics.jsonl", "evals.jsonl", "results.json")}
-    found |= {path.name: path.read_bytes() for path in sorted((run / "replay").glob("*"))}
-    return found | {path.name: digest(torch.load(path, weights_only=True)) for path in sorted(run.glob("*.pt"))}
+
+def flat(content):
+    """Nested dicts and lists with tensors as nested lists."""
+    if isinstance(content, dict):
+        return {key: flat(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [flat(value) for value in content]
+    return content.tolist() if isinstance(content, torch.Tensor) else content
 
 
 def check_determinism_and_resume(folder, script, words, moments):
@@ -103,20 +109,19 @@ def check_determinism_and_resume(folder, script, words, moments):
     the how many-th time)), with --resume, still the same."""
     box = Box(folder, script=script)
     try:
-        (one, again, killed) = (["--exp-name", name] for name in ("one", "again", "killed"))
         whole = {}
-        for name in (one, again):
-            child = box.run(*words, *name)
+        for name in ("one", "again"):
+            child = box.run(*words, "--exp-name", name)
             assert child.code == 0, child.err
-            (run,) = (box.work / "runs").glob(f"*__{name[1]}__1")
-            whole[name[1]] = outcome(run)
+            (run,) = (box.work / "runs").glob(f"*__{name}__1")
+            whole[name] = outcome(run)
         assert whole["one"] == whole["again"]
-        for number, moment in enumerate(moments):
+        for moment in moments:
             path, times = moment if isinstance(moment, tuple) else (moment, 1)
-            resume = ["--resume"] if number else []
-            child = box.run(*words, *killed, *resume, signal_at=(signal.SIGKILL, "os.rename", path, times))
+            child = box.run(*words, "--exp-name", "killed", "--resume",
+                            signal_at=(signal.SIGKILL, "os.rename", path, times))
             assert child.code == -signal.SIGKILL, child.err
-        child = box.run(*words, *killed, "--resume")
+        child = box.run(*words, "--exp-name", "killed", "--resume")
         assert child.code == 0, child.err
         (run,) = (box.work / "runs").glob("*__killed__1")
         found = outcome(run)
@@ -136,22 +141,20 @@ def check_refused(script, words, named, capsys, folder):
     assert named in err and sorted(folder.rglob("*")) == before
 
 
-def check_compiled(script, build, **options):
-    """Four eager and four compiled updates end in equal parameters. build(args, buffer, device) -> (update, counters,
-    {name: module})."""
+def check_compiled(script, args, build):
+    """Four eager and four compiled updates end in equal parameters. build(args, buffer) -> (the four functions, {name:
+    module})."""
     states = []
-    for compiled in (False, True):
+    for args.compile in ("off", "on"):
         torch.manual_seed(0)
-        torch.set_float32_matmul_precision("highest")
-        args, device = script.Args(batch_size=32, compile=compiled, **options), torch.device("cpu")
-        shapes = dict(observations=(4,), actions=(2,), rewards=(), next_observations=(4,), terminations=(), episodes=())
-        buffer = script.ReplayBuffer(shapes, 200, device)
-        buffer.data.copy_(torch.randn(200, buffer.data.shape[1]).clamp(-0.9, 0.9))
-        update, counters, modules = build(args, buffer, device)
-        torch.manual_seed(1)
-        for number in range(4):
+        draw = torch.randn(200, 12).clamp(-0.9, 0.9).numpy()
+        data = dict(observations=draw[:, :4], actions=draw[:, 4:6], rewards=draw[:, 6], next_observations=draw[:, 7:11],
+                    terminations=np.zeros(200, np.float32), episodes=np.zeros(200, np.float32))
+        buffer = script.ReplayBuffer(data, 0, torch.device("cpu"))
+        updates, modules = build(args, buffer)
+        for number, update in enumerate(updates):
+            torch.manual_seed(number)
             update(buffer.data[number * 32 : number * 32 + 32])
-            counters["grad_step"] += 1
         states.append({f"{name}.{key}": value for name, module in modules.items()
                        for key, value in module.state_dict().items()})
     for name, value in states[0].items():

@@ -1,7 +1,10 @@
 """Arguments: precedence of defaults, task rows, source runs and the command line; --scale; values that cannot be."""
 
 import json
-from dataclasses import asdict
+import re
+import typing
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
@@ -12,12 +15,29 @@ def parse(*words):
     return ooo.parse_args([str(word) for word in words])
 
 
-def source_run(tmp_path, *words):
+def source_run(tmp_path, *words, **changes):
     """A run directory with nothing but its config."""
     folder = tmp_path / "source"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"script": "iql_ooo", "args": asdict(parse(*words))}))
+    folder.mkdir(exist_ok=True)
+    config = {"script": "iql_ooo", "run_id": "0" * 16, "args": asdict(parse(*words)) | changes, "versions": {},
+              "dataset": {"sha256": "0" * 64}, "resumed": []}
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def refused(capsys, *words):
+    """One line and status 2; returns the line. parse_args writes nothing: see the fixture."""
+    with pytest.raises(SystemExit) as stop:
+        parse(*words)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and not out, (err, out)
+    return err
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_written(in_tmp):
+    yield
+    assert {path.name for path in in_tmp.rglob("*")} <= {"source", "config.json"}
 
 
 def test_precedence():
@@ -30,7 +50,7 @@ def test_precedence():
 @pytest.mark.parametrize("env_id", ooo.TASKS)
 def test_task_rows(env_id):
     args = asdict(parse("--env-id", env_id))
-    want = {**asdict(ooo.Args()), **ooo.TASKS[env_id], "env_id": env_id}
+    want = {**asdict(ooo.Args()), **ooo.TASKS[env_id].settings, "env_id": env_id}
     assert args == {name: want[name] for name in args}
 
 
@@ -79,12 +99,14 @@ def test_scale_leaves_at_least_one_step_and_keeps_zero():
 def test_a_source_run_gives_the_defaults(tmp_path, option):
     """Of its settings, as scaled then; not its name, its folder, or what was about that process."""
     words = ["--env-id", "maze2d-missing-data-large-v1", "--scale", 0.01, "--exp-name", "first", "--seed", 4,
-             "--retrain-at", 100_000, "--runs-dir", "elsewhere", "--track", "--resume", "--dataset-id", "a/b-v0"]
+             "--retrain-at", 100_000, "--runs-dir", "elsewhere", "--track", "--resume", "--dataset-id", "a/b-v0",
+             "--device", "cuda:3", "--torch-threads", 5, "--video"]
     folder = source_run(tmp_path, *words)
     args = parse(option, folder, "--retrain-upsample", 3)
     want = parse(*words)
     changes = {option[2:].replace("-", "_"): str(folder), "retrain_upsample": 3, "exp_name": "iql_ooo",
-               "runs_dir": "runs", "track": False, "resume": False}
+               "runs_dir": "runs", "track": False, "resume": False, "device": "auto", "torch_threads": 1,
+               "video": False}
     assert asdict(args) == {**asdict(want), **changes}  # lists of the JSON are tuples again
     assert parse(option, folder, "--scale", 0.5).retrain_at == (500,)
 
@@ -102,31 +124,149 @@ def test_episodes_is_another_name():
     assert parse("--episodes", 3).eval_episodes == parse("--eval-episodes", 3).eval_episodes == 3
 
 
+def test_home_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    source_run(tmp_path)
+    assert parse("--runs-dir", "~/runs").runs_dir == f"{tmp_path}/runs"
+    assert parse("--dataset-path", "~/data.npz").dataset_path == f"{tmp_path}/data.npz"
+    assert parse("--eval-only", "~/source").eval_only == parse("--exploit-only", "~/source").exploit_only
+    assert parse("--eval-only", "~/source").eval_only == f"{tmp_path}/source"
+
+
+# === what cannot be ===
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [
         (["--retrain-at", "600000"], "600000"),
         (["--retrain-at", "0", "5"], "--retrain-at 0"),
-        (["--retrain-at", "50000", "40000"], "50000 40000"),
-        (["--retrain-at", "40000", "40000"], "40000 40000"),
-        (["--scale", "1e-9"], "1 1"),
-        (["--retrain-upsample", "257"], "257"),
+        (["--retrain-at", "50000", "40000"], "--retrain-at must rise"),
+        (["--retrain-at", "40000", "40000"], "--retrain-at must rise"),
+        (["--scale", "1e-9"], "--retrain-at must rise"),
+        (["--retrain-upsample", "257"], "--batch-size"),
+        (["--q-reward-bounds", "1", "-1"], "--q-reward-bounds"),
         (["--intrinsic-reward-scale", "0", "--retrain-frozen-rnd"], "--intrinsic-reward-scale"),
         (["--sync", "--retrain-algorithm", "td3"], "--sync"),
-        (["--cudagraphs", "--device", "cpu"], "--cudagraphs"),
-        (["--seed", "-1"], "--seed"),
-        (["--batch-size", "0"], "--batch-size"),
-        (["--log-every", "0"], "--log-every"),
-        (["--eval-episodes", "0"], "--eval-episodes"),
-        (["--torch-threads", "0"], "--torch-threads"),
-        (["--online-steps", "-5", "--retrain-at"], "--online-steps"),
-        (["--offline-steps", "-5"], "--offline-steps"),
-        (["--retrain-steps", "0"], "--retrain-steps"),
-        (["--gamma", "1.0"], "--gamma"),
+        (["--dataset-id", "a/b-v0", "--dataset-path", "x.npz"], "not both"),
+        (["--eval-only", "source", "--exploit-only", "source"], "not both"),
+        (["--exploit-only", "source", "--retrain-at"], "--retrain-at"),
+        (["--exploit-only", "source", "--sync"], "--sync"),
+        (["--exploit-only", "source", "--env-id", "pen-binary-v0"], "--env-id"),
+        (["--eval-only", "source", "--env-id", "pen-binary-v0"], "--env-id"),
+        (["--eval-only", "elsewhere"], "elsewhere"),
     ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_values_that_cannot_work(words, named, capsys):
-    with pytest.raises(SystemExit) as stop:
-        ooo.check_args(parse(*words))
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and named in err
+def test_settings_that_exclude_each_other(tmp_path, capsys, words, named):
+    source_run(tmp_path)
+    assert named in refused(capsys, *words)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../../x", "a/b", "/x", "~", "-x", "a b", "a\nb", "x\n", "x" * 101])
+def test_a_name_is_one_part_of_a_path(capsys, name):
+    assert "--exp-name" in refused(capsys, f"--exp-name={name}")
+
+
+def test_usual_names():
+    for name in ("x", "ooo_td3", "lr=1e-3,tau=0.02", "v1.2", "été", "x" * 100):
+        assert parse("--exp-name", name).exp_name == name
+
+
+# === ranges ===
+
+NUMBERS = {name: interval for interval, names in ooo.RANGES.items() for name in names.split()}
+
+
+def test_every_number_has_one_range():
+    hints = typing.get_type_hints(ooo.Args)
+    numeric = [name for name, hint in hints.items() if hint in (int, float) or re.search(r"\b(int|float)\b", str(hint))]
+    listed = [name for names in ooo.RANGES.values() for name in names.split()]
+    assert sorted(listed) == sorted(numeric) and len(numeric) > 30
+
+
+def values(name, x):
+    """The setting with one number replaced."""
+    default = getattr(ooo.Args(), name)
+    hint = str(typing.get_type_hints(ooo.Args)[name])
+    if "tuple[tuple" in hint:
+        return ((0.0, x, 1.0),)
+    if "tuple[float, float]" in hint:
+        return (0.0, x)
+    return (*default, x) if "tuple" in hint else x
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_range(capsys, name):
+    """Both ends lie inside; what is beyond, infinite or not a number does not."""
+    low, high = NUMBERS[name]
+    for x in (low, high):
+        ooo.check_ranges(replace(ooo.Args(), **{name: values(name, x)}))
+    step = 1 if isinstance(low, int) else 1e-10 * max(1, abs(high))
+    for x in (low - step, high + step, float("nan"), float("inf"), -float("inf")):
+        with pytest.raises(SystemExit) as stop:
+            ooo.check_ranges(replace(ooo.Args(), **{name: values(name, x)}))
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.count("\n") == 1
+        assert err.startswith(f"error: --{name.replace('_', '-')} "), err
+
+
+def test_an_option_outside_its_range(tmp_path, capsys):
+    """On the command line: in a new run, and in what is done with an old one; modes and values in turn."""
+    source_run(tmp_path)
+    modes = ((), ("--eval-only", "source"), ("--exploit-only", "source"))
+    for number, (name, (low, high)) in enumerate(NUMBERS.items()):
+        whole = isinstance(low, int)
+        wrong = ("-1", str(high + 1), "1" + "0" * 400) if whole else ("nan", "inf", "-1e300", "1e300")
+        x = wrong[number % len(wrong)]
+        before = {"remove_discs": ["0", "0"], "q_reward_bounds": ["0"]}.get(name, [])
+        option = f"--{name.replace('_', '-')}"
+        assert option in refused(capsys, *modes[number // 2 % 3], option, *before, x)
+
+
+@pytest.mark.parametrize("option", ["--eval-only", "--exploit-only"])
+def test_a_config_with_a_number_outside_its_range(tmp_path, capsys, option):
+    for name, (_, high) in NUMBERS.items():
+        for x in (float("nan"), high + 1) if name not in ooo.OWN else ():
+            assert name.replace("_", "-") in refused(capsys, option, source_run(tmp_path, **{name: values(name, x)}))
+
+
+# === configs ===
+
+
+@pytest.mark.parametrize("option", ["--eval-only", "--exploit-only"])
+def test_a_config_with_a_value_of_another_kind(tmp_path, capsys, option):
+    """Text for a list, a list for a number, a choice that there is not: one line that names the file."""
+    wrong = (None, "text", [], [["x"]], [1, 2, 3], {"a": 1}, 1.5)
+    hints = typing.get_type_hints(ooo.Args)
+    taken = set(ooo.OWN) | {"exp_name", "eval_only", "exploit_only"}  # not from the source
+    names = [name for name in hints if name not in taken and "str" not in str(hints[name])]
+    assert len(names) > 40
+    for number, name in enumerate(names):
+        hint = str(hints[name])
+        for x in (wrong[number % len(wrong)], wrong[(number + 3) % len(wrong)]):
+            could_be = (x is None and "None" in hint, x == [] and "..." in hint, x == [1, 2, 3] and "..." in hint,
+                        x == 1.5 and "float" in hint)
+            if not any(could_be):
+                assert "source/config.json" in refused(capsys, option, source_run(tmp_path, **{name: x}))
+
+
+@pytest.mark.parametrize("change", [
+    {"script": "td3_rnd"}, {"script": None}, {"args": 3}, {"args": {}}, {"run_id": None}, {"dataset": None},
+    {"dataset": {}}, {"versions": None}, {"resumed": None}], ids=str)
+@pytest.mark.parametrize("option", ["--eval-only", "--exploit-only"])
+def test_a_config_that_is_none(tmp_path, capsys, option, change):
+    """An entry of another kind, or (None) a missing one."""
+    path = source_run(tmp_path) / "config.json"
+    config = json.loads(path.read_text()) | change
+    path.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+    assert "source" in refused(capsys, option, "source")
+
+
+def test_a_setting_of_another_version(tmp_path, capsys):
+    assert "no_such_setting" in refused(capsys, "--eval-only", source_run(tmp_path, no_such_setting=1))
+    path = Path("source/config.json")
+    config = json.loads(path.read_text())
+    del config["args"]["no_such_setting"], config["args"]["gamma"]
+    path.write_text(json.dumps(config))
+    assert "gamma" in refused(capsys, "--exploit-only", "source")

@@ -28,23 +28,23 @@ PEN, CPU = "pen-binary-v0", torch.device("cpu")
 def make(hyper):
     """Agent, settings and RND as a golden file's hyper-parameters want them."""
     dims = {name: tuple(int(d) for d in hyper[name].split("-")) for name in ("policy_arch", "qf_arch")}
-    agent = ooo.Agent(hyper["obs_dim"], hyper["act_dim"], dims["policy_arch"], dims["qf_arch"], CPU,
-                      learning_rate=hyper["qf_lr"], actor_learning_rate=hyper["policy_lr"],
-                      unit_features=hyper["feature_normalization"], lagrange=hyper["cql_lagrange"])
+    agent = ooo.Agent(hyper["obs_dim"], hyper["act_dim"], dims["policy_arch"], dims["qf_arch"], CPU, hyper["qf_lr"],
+                      hyper["policy_lr"], unit_features=hyper["feature_normalization"],
+                      lagrange=hyper["cql_lagrange"])
     if hyper["bound_q_functions"]:
         agent.q_bounds.copy_(torch.tensor([hyper["min_q"], hyper["max_q"]]))
-    settings = ooo.Settings(
-        hyper["target_entropy"], hyper["discount"], hyper["soft_target_update_rate"],
-        hyper["cql_min_q_weight"] if hyper["use_cql"] else 0.0, hyper["cql_n_actions"], hyper["cql_importance_sample"],
-        hyper["cql_target_action_gap"] if hyper["cql_lagrange"] else None, hyper["enable_calql"],
+    args = ooo.Args(
+        target_entropy=hyper["target_entropy"], gamma=hyper["discount"], tau=hyper["soft_target_update_rate"],
+        cql_alpha=hyper["cql_min_q_weight"] if hyper["use_cql"] else 0.0, cql_actions=hyper["cql_n_actions"],
+        cql_importance_sampling=hyper["cql_importance_sample"], calibrate=hyper["enable_calql"],
+        cql_target_gap=hyper["cql_target_action_gap"] if hyper["cql_lagrange"] else None,
         max_target_backup=hyper["cql_max_target_backup"], backup_entropy=hyper["backup_entropy"],
         intrinsic_reward_scale=hyper.get("rnd_reward_scale", 0.0))
     rnd = None
     if hyper["use_rnd"]:
-        args = ooo.Args(rnd_hidden_dims=(*hyper["rnd_hidden_dims"], hyper["rnd_hidden_dims"][-1]),
-                        rnd_learning_rate=hyper["rnd_lr"], rnd_update_proportion=hyper["rnd_update_proportion"])
-        rnd = ooo.make_rnd(args, hyper["obs_dim"], CPU, reward_before_step=True)
-    return agent, settings, rnd
+        rnd = ooo.RND(hyper["obs_dim"], (*hyper["rnd_hidden_dims"], hyper["rnd_hidden_dims"][-1]), hyper["rnd_lr"], CPU,
+                      "max", "code")
+    return agent, args, rnd
 
 
 def parameters(agent, rnd=None):
@@ -57,7 +57,7 @@ def parameters(agent, rnd=None):
     networks = {"policy": agent.actor.net}
     networks |= {"rnd_predictor": rnd.predictor, "rnd_target": rnd.target} if rnd else {}
     for prefix, network in networks.items():
-        for i, layer in enumerate(m for m in network if isinstance(m, torch.nn.Linear)):
+        for i, layer in enumerate(network.layers):
             out[f"{prefix}.{i}.weight"], out[f"{prefix}.{i}.bias"] = (layer.weight, None), (layer.bias, None)
     return out
 
@@ -78,7 +78,7 @@ def load_all(data, agent, rnd):
 
 
 def check_critics(data, agent, step):
-    moments = dict(zip(map(id, agent.critic_parameters), agent.critic_optimizer.exp_avg, strict=True))
+    moments = {id(p): state["exp_avg"] for p, state in agent.optimizer.state.items()}
     for prefix, member, critic in critics(agent):
         for i, (weight, bias) in enumerate(zip(critic.weights, critic.biases, strict=True)):
             for name, parameter in (("weight", weight), ("bias", bias)):
@@ -110,28 +110,45 @@ def draws(data, loss, step, hyper):
 INFO = {"alpha": "alpha_value", "alpha_loss": "alpha", "policy_loss": "actor", "target_q_values_mean": "next_q_mean"}
 
 
+def gradients(agent, policy_loss, critic_loss):
+    """Gradients of the policy's and of the critics' parameters, from the sum of the losses as in an update."""
+    found = torch.autograd.grad(policy_loss + critic_loss, [*agent.policy_parameters, *agent.critic_parameters])
+    return found[: len(agent.policy_parameters)], found[len(agent.policy_parameters):]
+
+
+def step_with(args, agent, policy, critic):
+    """What calql_update does with these gradients."""
+    for parameter, gradient in zip([*agent.policy_parameters, *agent.critic_parameters], [*policy, *critic],
+                                   strict=True):
+        parameter.grad = gradient
+    agent.optimizer.step()
+    agent.update_target(args.tau)
+
+
 def replay(name, results, **changes):
     """Replay golden inputs `name`; compare with the results of the file `results`."""
     data, hyper = read(name)
-    agent, settings, rnd = make(hyper)
-    settings = replace(settings, **changes)
+    agent, args, rnd = make(hyper)
+    args = replace(args, **changes)
     load_all(data, agent, rnd)
     wanted = read(results)[0]
     named = parameters(agent, rnd)
     for step in range(hyper["steps"]):
         batch = tensors(data, "batch/", step)
         batch |= {"masks": 1 - batch["dones"], "lower_bounds": batch["mc_returns"]}
-        bonus = None
+        bonus = 0.0
         if rnd:
             uniform = torch.from_numpy(data["noise/rnd_mask_uniform"][step])
-            bonus, rnd_loss = rnd.update(batch["observations"], batch["next_observations"], uniform)
+            bonus, rnd_loss = rnd.update(batch["observations"], batch["next_observations"],
+                                         hyper["rnd_update_proportion"], uniform)
             close(bonus, data["rnd/intrinsic_reward"][step], INFOS, f"intrinsic reward {step}")
             close(rnd_loss, wanted["info/rnd_loss"][step], INFOS, f"rnd loss {step}")
         # The authors evaluate the model once for each loss, with other random numbers each time.
         found = {}
         for loss in hyper["loss_order"]:
-            *losses, info = ooo.calql_losses(agent, batch, settings, draws(data, loss, step, hyper), bonus)
-            found[loss] = ooo.gradients(agent, *losses)
+            *losses, info = ooo.calql_losses(args, agent, batch, draws(data, loss, step, hyper),
+                                             args.intrinsic_reward_scale * bonus, args.calibrate)
+            found[loss] = gradients(agent, *losses)
         policy = [*found["policy"][0][:-1], found["log_alpha"][0][-1]]
         layers = len(agent.critic_parameters) - ("log_alpha_prime" in found)
         critic = [torch.stack([found["qf1"][1][i][0], found["qf2"][1][i][1]]) for i in range(layers)]
@@ -139,7 +156,7 @@ def replay(name, results, **changes):
         for i, gradient in enumerate(("qf1_loss_gradient", "qf2_loss_gradient")):
             norm = torch.stack([g[i].square().sum() for g in critic[:layers]]).sum().sqrt()
             close(norm, wanted[f"info/{gradient}"][step], INFOS, gradient)
-        agent.step(policy, critic, settings.tau)
+        step_with(args, agent, policy, critic)
         # Its reports are those of the last loss's numbers.
         report = {its: wanted[f"info/{its}"][step] for its in INFO}
         for its, mine in INFO.items():
@@ -152,14 +169,14 @@ def replay(name, results, **changes):
             close(info["losses/critic"], bellman, INFOS, f"step {step} Bellman loss")
             gap = (wanted["info/cql.cql_qf1_diff"][step] + wanted["info/cql.cql_qf2_diff"][step]) / 2
             close(info["losses/cql"], gap, INFOS, f"step {step} conservative term")
-            if settings.calibrate:
+            if args.calibrate:
                 rates = [wanted[f"info/cql.bound_rate_{x}"][step] for x in (
                     "cql_q1_current_actions", "cql_q1_next_actions", "cql_q2_current_actions", "ql_q2_next_actions")]
                 close(info["losses/bound_rate_policy"], np.mean(rates), INFOS, f"step {step} bound rate")
         if hyper["cql_lagrange"]:
             close(info["losses/alpha_prime"], wanted["info/cql.alpha_prime_loss"][step], INFOS, "multiplier's loss")
             close(info["losses/alpha_prime_value"], wanted["info/cql.alpha_prime"][step], INFOS, "multiplier")
-        optimizers = [agent.policy_optimizer, agent.critic_optimizer, *([rnd.optimizer] if rnd else [])]
+        optimizers = (*agent.optimizers, *(rnd.optimizers if rnd else ()))
         if f"step{step + 1}/log_alpha" in wanted:
             assert check_step(wanted, named, optimizers, step + 1) >= 9
         check_critics(wanted, agent, step + 1)
@@ -216,7 +233,6 @@ def test_returns_end_where_a_trajectory_ends():
     """At another episode, and where a transition is missing (discs, subsets)."""
     data = columns([1, 2, 4, 8, 16, 32], [0, 0, 0, 0, 1, 1], [0, 1, 5, 6, 7, 8])
     args = ooo.Args(gamma=0.5)
-    assert ooo.trajectory_starts(torches(data)).tolist() == [0, 2, 4]
     np.testing.assert_allclose(ooo.monte_carlo_returns(args, torches(data)), [2, 2, 8, 8, 32, 32])
     kitchen = replace(args, infinite_horizon=True, reward_bias=1.0, reward_scale=2.0)  # (r + 1) 2
     want = [4 + 6, 6 + 6, 10 + 18, 18 + 18, 34 + 66, 66 + 66]
@@ -228,25 +244,26 @@ def test_returns_end_where_a_trajectory_ends():
 
 
 def test_a_shuffled_subset_has_trajectories_of_one_step():
-    data = columns([0, 0, 1], [0, 0, 0], [2, 0, 1])
-    assert ooo.trajectory_starts(torches({k: v[[0, 2, 1]] for k, v in data.items()})).tolist() == [0, 1, 2]
+    data = {name: value[[2, 0, 1]] for name, value in columns([1, 2, 4], [0, 0, 0], [0, 1, 2]).items()}
+    assert ooo.monte_carlo_returns(ooo.Args(gamma=0.5), torches(data)).tolist() == [4, 2, 2]  # 0 and 1 still follow
 
 
 def test_only_successful_episodes_up_to_their_last_success():
     data = columns([-1, 0, -1, 0, -1, -1, -1, 0], [0, 0, 0, 0, 0, 1, 1, 2], [0, 1, 2, 3, 4, 0, 1, 0])
-    kept, report = ooo.prepare_data(ooo.Args(successful_only=True, negative_reward=-1.0, gamma=0.5), data)
+    report = {}
+    kept = ooo.prepare_data(ooo.Args(successful_only=True, negative_reward=-1.0, gamma=0.5), data, report)
     assert kept["rewards"].tolist() == [-1, 0, -1, 0, 0] and kept["episodes"].tolist() == [0, 0, 0, 0, 2]
     assert kept["terminations"].tolist() == [0, 1, 0, 1, 1]
-    assert kept["mc_returns"].tolist() == [-1, 0, -1, 0, 0] and not kept["intrinsic_returns"].any()
-    assert report["kept_of_successful_episodes"] == 5
+    assert kept["lower_bounds"].tolist() == [-1, 0, -1, 0, 0]
+    assert report == {"kept_of_successful_episodes": 5, "return_to_go_range": [-1, 0]}
     with pytest.raises(SystemExit):
-        ooo.prepare_data(ooo.Args(successful_only=True), columns([-1], [0], [0]))
+        ooo.prepare_data(ooo.Args(successful_only=True), columns([-1], [0], [0]), {})
 
 
 def test_ends_of_truncated_demonstrations_are_terminal():
     data = columns([1, 1, 1, 1], [0, 0, 1, 1], [0, 1, 0, 1])
-    kept, _ = ooo.prepare_data(ooo.Args(terminate_offline_ends=True, infinite_horizon=True), data)
-    assert kept["terminations"].tolist() == [0, 1, 0, 1] and kept["mc_returns"][1] == 1
+    kept = ooo.prepare_data(ooo.Args(terminate_offline_ends=True, infinite_horizon=True), data, {})
+    assert kept["terminations"].tolist() == [0, 1, 0, 1] and kept["lower_bounds"][1] == 1
 
 
 # === the conservative term ===
@@ -255,7 +272,7 @@ def test_ends_of_truncated_demonstrations_are_terminal():
 def sample_q(seed=0, n=3, batch=4):
     g = torch.Generator().manual_seed(seed)
     return (torch.randn(2, batch, generator=g), torch.randn(2, 3 * n, batch, generator=g),
-            torch.randn(3 * n, batch, generator=g), ooo.Settings(0.0, cql_actions=n))
+            torch.randn(3 * n, batch, generator=g), ooo.Args(cql_actions=n))
 
 
 @pytest.mark.parametrize("sampling", [True, False])
@@ -263,10 +280,10 @@ def sample_q(seed=0, n=3, batch=4):
 @pytest.mark.parametrize("uniform", [True, False])
 def test_conservative_term(sampling, calibrate, uniform):
     """Against loops over critics, states and actions."""
-    q_data, q, densities, settings = sample_q()
+    q_data, q, densities, args = sample_q()
     bounds = torch.tensor([-1.0, 0.0, 0.5, 9.0])
-    settings = replace(settings, cql_importance_sampling=sampling, calibrate=calibrate, bound_uniform_actions=uniform)
-    gap, rate_uniform, rate_policy = ooo.conservative_term(q_data, q, densities, bounds, settings)
+    args = replace(args, cql_importance_sampling=sampling, bound_uniform_actions=uniform)
+    gap, rate_uniform, rate_policy = ooo.conservative_term(args, q_data, q, densities, bounds, calibrate)
     for member in range(2):
         total = 0.0
         for i in range(4):
@@ -284,15 +301,15 @@ def test_conservative_term(sampling, calibrate, uniform):
 
 def test_nothing_is_pushed_down_below_the_return():
     """MC returns above all Q: both rates are 1, and the sampled actions' Q have no gradient; the data's go up."""
-    q_data, q, densities, settings = sample_q()
+    q_data, q, densities, args = sample_q()
     q_data, q = q_data.requires_grad_(), q.requires_grad_()
-    gap, *rates = ooo.conservative_term(q_data, q, densities, torch.full((4,), 100.0), settings)
+    gap, *rates = ooo.conservative_term(args, q_data, q, densities, torch.full((4,), 100.0))
     assert [rate.item() for rate in rates] == [1.0, 1.0]
     gap.sum().backward()
     assert not q.grad.any() and (q_data.grad < 0).all()
     q.grad = None
-    original = replace(settings, bound_uniform_actions=False)
-    ooo.conservative_term(q_data, q, densities, torch.zeros(4) + 3, original)[0].sum().backward()
+    original = replace(args, bound_uniform_actions=False)
+    ooo.conservative_term(original, q_data, q, densities, torch.zeros(4) + 3)[0].sum().backward()
     assert (q.grad[:, :3] > 0).all() and not q.grad[:, 3:].any()  # the uniform actions are still pushed down
 
 
@@ -308,7 +325,7 @@ def agent_and_batch(batch=16, **options):
 def test_the_improved_bound_changes_the_loss():
     agent, batch, noise = agent_and_batch()
     batch["lower_bounds"] = torch.full((16,), 1.0)
-    losses = [ooo.calql_losses(agent, batch, ooo.Settings(-2.0, bound_uniform_actions=uniform), noise)
+    losses = [ooo.calql_losses(ooo.Args(bound_uniform_actions=uniform), agent, batch, noise)
               for uniform in (True, False)]
     assert losses[0][1] > losses[1][1] + 0.1 and losses[0][0] == losses[1][0]
     assert losses[0][2]["losses/bound_rate_uniform"] == 1
@@ -318,21 +335,43 @@ def test_the_improved_bound_changes_the_loss():
 def test_lagrange_multiplier(gap, grows):
     """It grows while the conservative term is above its target, and shrinks below."""
     agent, batch, noise = agent_and_batch(lagrange=True)
-    settings = ooo.Settings(-2.0, cql_target_gap=gap)
-    *losses, info = ooo.calql_losses(agent, batch, settings, noise)
+    args = ooo.Args(cql_target_gap=gap)
+    *losses, info = ooo.calql_losses(args, agent, batch, noise)
     assert info["losses/alpha_prime_value"].item() == pytest.approx(math.e)
-    agent.step(*ooo.gradients(agent, *losses), settings.tau)
+    step_with(args, agent, *gradients(agent, *losses))
     assert (agent.log_alpha_prime.item() > 1) == grows
 
 
 def test_one_loss_moves_one_part():
     """The policy's gradient stops at the actions of the conservative term and at the critics' weights."""
-    agent, batch, noise = agent_and_batch()
-    policy_loss, critic_loss, _ = ooo.calql_losses(agent, batch, ooo.Settings(-2.0), noise)
-    found = torch.autograd.grad(critic_loss, agent.policy_parameters, allow_unused=True, retain_graph=True)
-    assert all(g is None for g in found)
-    assert torch.autograd.grad(policy_loss, agent.log_alpha)[0] is not None
+    agent, batch, noise = agent_and_batch(lagrange=True)
+    losses = ooo.calql_losses(ooo.Args(cql_target_gap=0.8), agent, batch, noise)[:2]
+    for loss, own, others in zip(losses, (agent.policy_parameters, agent.critic_parameters),
+                                 (agent.critic_parameters, agent.policy_parameters), strict=True):
+        assert all(g is not None for g in torch.autograd.grad(loss, own, retain_graph=True))
+        found = torch.autograd.grad(loss, others, allow_unused=True, retain_graph=True)
+        assert all(g is None for g in found)
     assert not any(p.requires_grad for p in agent.critic_target.parameters())
+
+
+def test_update_takes_the_gradients_of_its_losses():
+    """calql_update is Adam on the losses at the numbers that it draws, and the targets move after it."""
+    args = ooo.Args(tau=0.5)
+    agent, batch, _ = agent_and_batch()
+    other = copy.deepcopy(agent)
+    torch.manual_seed(5)
+    ooo.calql_update(args, agent, batch, calibrate=False)
+    torch.manual_seed(5)
+    noise = ooo.draw_noise(batch["actions"], 10, 10)
+    policy, critic = gradients(other, *ooo.calql_losses(args, other, batch, noise, calibrate=False)[:2])
+    for new, old, gradient, rate in zip(
+            [*agent.policy_parameters, *agent.critic_parameters], [*other.policy_parameters, *other.critic_parameters],
+            [*policy, *critic], [1e-4] * len(policy) + [3e-4] * len(critic), strict=True):
+        torch.testing.assert_close(new.grad, gradient)
+        torch.testing.assert_close(new, old - rate * gradient / (gradient.abs() + 1e-8), rtol=1e-5, atol=1e-7)
+    for target, critic, before in zip(agent.critic_target.parameters(), agent.critic.parameters(),
+                                      other.critic.parameters(), strict=True):
+        torch.testing.assert_close(target, (critic + before) / 2)
 
 
 def test_target():
@@ -340,9 +379,8 @@ def test_target():
     agent, batch, noise = agent_and_batch()
     agent.q_bounds.copy_(torch.tensor([-0.001, 0.001]))
     batch["masks"][::2] = 0
-    settings = ooo.Settings(-2.0, gamma=0.9, cql_alpha=0.0, intrinsic_reward_scale=3.0)
     bonus = torch.rand(16)
-    _, loss, info = ooo.calql_losses(agent, batch, settings, noise, bonus)
+    _, loss, info = ooo.calql_losses(ooo.Args(gamma=0.9, cql_alpha=0.0), agent, batch, noise, 3 * bonus)
     with torch.no_grad():
         mean, log_std = agent.actor(batch["next_observations"])
         actions = (mean + log_std.exp() * noise["target"]).tanh()
@@ -379,8 +417,13 @@ def test_density_of_the_squashed_gaussian():
 def test_first_weights():
     """Last layers start small, orthogonal with gain 0.01; policy and target critics as the official code has them."""
     agent = ooo.Agent(5, 2, (8, 8), (16, 8), CPU)
-    for last in (agent.actor.net[-1].weight, *(w.T for w in agent.critic.weights[-1])):
-        torch.testing.assert_close(last @ last.T, 1e-4 * torch.eye(len(last)))
+    rnd = ooo.RND(5, (16, 8, 8), 1e-4, CPU)
+    last = (*(net.layers[-1].weight for net in (agent.actor.net, rnd.predictor, rnd.target)),
+            *(w.T for w in agent.critic.weights[-1]))
+    for weight in last:
+        torch.testing.assert_close(weight @ weight.T, 1e-4 * torch.eye(len(weight)))
+    for weight in (agent.actor.net.layers[1].weight, rnd.target.layers[1].weight, agent.critic.weights[1][0].T):
+        torch.testing.assert_close(weight @ weight.T, 2 * torch.eye(len(weight)), rtol=1e-5, atol=1e-5)
     assert (agent.log_alpha.item(), agent.actor.log_std_offset.item()) == (0.0, -1.0)
     assert all(map(torch.equal, agent.critic.parameters(), agent.critic_target.parameters()))
     mean, log_std = agent.actor(torch.zeros(1, 5))
@@ -389,20 +432,26 @@ def test_first_weights():
 
 
 
-def train(modes=(), updates=4):
-    """Parameters and losses after updates of make_update on the same rows: RND, intrinsic bound, Lagrange, bounds."""
+COLUMNS = dict(observations=6, actions=3, rewards=0, next_observations=6, terminations=0, episodes=0, lower_bounds=0)
+
+
+def make_buffer(rows, online=0, seed=0):
+    rng = np.random.default_rng(seed)
+    data = {name: rng.normal(size=(rows, dim) if dim else rows).clip(-0.9, 0.9).astype(np.float32)
+            for name, dim in COLUMNS.items()}
+    data["episodes"][:] = 0
+    return ooo.ReplayBuffer(data, online, CPU)
+
+
+def train(compiled, updates=4):
+    """Parameters and losses after updates of make_update on the same rows: RND, Lagrange, bounds."""
     torch.manual_seed(0)
-    torch.set_float32_matmul_precision("highest")
-    args = ooo.Args(rnd_hidden_dims=(8, 8, 8), intrinsic_bound=True, cql_target_gap=0.8, hidden_dims=(16, 16),
-                    critic_hidden_dims=(16, 16), cql_actions=3, **dict.fromkeys(modes, True))
-    shapes = dict(observations=(6,), actions=(3,), rewards=(), next_observations=(6,), terminations=(), episodes=(),
-                  mc_returns=(), intrinsic_returns=())
-    buffer = ooo.ReplayBuffer(shapes, 100, CPU)
-    buffer.data.copy_(torch.randn(100, buffer.data.shape[1]).clamp(-0.9, 0.9))
-    agent = ooo.make_agent(args, 6, 3, CPU, unit_features=True)
+    args = ooo.Args(rnd_hidden_dims=(8, 8, 8), cql_target_gap=0.8, hidden_dims=(16, 16), critic_hidden_dims=(16, 16),
+                    cql_actions=3, compile=compiled)
+    buffer = make_buffer(100)
+    agent, rnd = ooo.make_agent(args, buffer, CPU, exploitation=True), ooo.make_rnd(args, buffer, CPU)
     agent.q_bounds.copy_(torch.tensor([-9.0, 9.0]))
-    rnd = ooo.make_rnd(args, 6, CPU, reward_before_step=True)
-    update = ooo.make_update(args, buffer, agent, ooo.make_settings(args, 3), rnd)
+    update = ooo.make_update(args, buffer, agent, rnd)
     losses = []
     for start in range(updates):
         torch.manual_seed(start)
@@ -413,7 +462,7 @@ def train(modes=(), updates=4):
 @pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="no C++ compiler")
 def test_compiled_update_equals_eager():
-    (state, losses), (eager, eager_losses) = train(["compile"]), train()
+    (state, losses), (eager, eager_losses) = train("on"), train("off")
     for name, value in eager.items():
         torch.testing.assert_close(state[name], value, rtol=1e-4, atol=3e-5, msg=lambda text, n=name: f"{n}: {text}")
     for step, (a, b) in enumerate(zip(losses, eager_losses, strict=True)):
@@ -424,12 +473,12 @@ def test_compiled_update_equals_eager():
 
 
 def test_batches_have_fixed_numbers_of_offline_rows():
-    buffer = ooo.ReplayBuffer(dict(rewards=()), 100, CPU)
-    buffer.extend(dict(rewards=np.arange(100, dtype=np.float32)))
+    buffer = make_buffer(60, 40)
+    buffer.data[:, buffer.columns["rewards"]] = torch.arange(100)
     extra = torch.tensor([7, 8])
 
     def draw(size, ratio, k=0):
-        return ooo.mixed_rows(buffer, 60, size, 40, ratio, extra, k)[:, 0]
+        return buffer.split(ooo.mixed_rows(buffer, size, 40, ratio, extra, k))["rewards"]
 
     for ratio, want in ((0.25, 10), (0.5, 20), (1.0, 40), (0.0, 0), (None, 30)):  # None: 60 of 80
         for _ in range(20):
@@ -450,11 +499,15 @@ def test_bounds_widen():
 
 
 def test_reasons_to_stop():
-    def reason(q, gap=0.0, share=0.2):
-        return ooo.reason_to_stop({"losses/q_mean": q, "losses/cql": gap}, 5.0, 100.0, share)
+    def reason(q, gap=0.0, share=0.2, **settings):
+        losses = {"losses/q_mean": torch.tensor(q), "losses/cql": torch.tensor(gap)}
+        return ooo.reason_to_stop(ooo.Args(retrain_early_stop=share, **settings), losses, 5.0, (-40.0, 60.0))
 
     assert reason(-14.0) is None and "fell" in reason(-16.0) and reason(-16.0, share=0.0) is None
     assert reason(5.0, 99.0) is None and "exceeds" in reason(5.0, 101.0) and reason(5.0, 101.0, share=0.0) is None
+    above = ooo.reason_to_stop(ooo.Args(retrain_early_stop=0.2), {"losses/q_mean": torch.tensor(5.0), "losses/cql":
+                               torch.tensor(61.0)}, 5.0, (20.0, 60.0))
+    assert above.endswith("range 60 of possible Q values")  # 0 is in it
 
 
 # === arguments ===
@@ -483,6 +536,7 @@ def test_task_settings():
         assert (args.learning_rate, args.actor_learning_rate, args.tau, args.gamma, args.batch_size) == (
             3e-4, 1e-4, 0.005, 0.99, 256)
         assert args.rnd_hidden_dims == (512, 512, 512) and args.calibrate and args.bound_uniform_actions
+        assert (args.rnd_normalizer, args.rnd_reward) == ("paper", "max")
         assert not args.backup_entropy and args.max_target_backup and not args.intrinsic_bound
         assert args.retrain_feature_norm and args.retrain_q_bounds and args.infinite_horizon == ("kitchen" in env_id)
     assert parse("--env-id", "kitchen-complete-v0").retrain_critic_hidden_dims == (256, 256, 256)
@@ -492,22 +546,24 @@ def test_task_settings():
     ("words", "named"),
     [
         (["--retrain-at", "2000000"], "2000000"),
-        (["--retrain-at", "5", "5"], "5 5"),
+        (["--retrain-at", "5", "5"], "--retrain-at"),
         (["--offline-ratio", "1.5"], "--offline-ratio"),
         (["--retrain-offline-ratio", "-0.1"], "--retrain-offline-ratio"),
         (["--intrinsic-bound", "--intrinsic-reward-scale", "0"], "--intrinsic-bound"),
         (["--intrinsic-bound", "--no-calibrate"], "--intrinsic-bound"),
         (["--q-reward-bounds", "1", "0"], "--q-reward-bounds"),
+        (["--q-reward-bounds", "nan", "0"], "--q-reward-bounds"),
+        (["--gamma", "1"], "--gamma"),
+        (["--critic-hidden-dims", "0"], "--critic-hidden-dims"),
         (["--cql-actions", "0"], "--cql-actions"),
         (["--cql-alpha", "-1"], "--cql-alpha"),
         (["--retrain-early-stop", "-1"], "--retrain-early-stop"),
         (["--intrinsic-returns-every", "0"], "--intrinsic-returns-every"),
-        (["--cudagraphs", "--device", "cpu"], "--cudagraphs"),
     ],
 )
 def test_values_that_cannot_work(words, named, capsys):
     with pytest.raises(SystemExit) as stop:
-        ooo.check_args(parse(*words))
+        parse(*words)
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and named in err
 
@@ -520,7 +576,7 @@ TINY = [*SMALL, "--critic-hidden-dims", "16", "16", "--rnd-hidden-dims", "16", "
 
 @pytest.fixture
 def session(monkeypatch, in_tmp):
-    """run(*words) -> (result, agents in the order in which they were built, settings and arguments of the updates)."""
+    """run(*words) -> (result, agents in the order in which they were built, arguments of make_update)."""
     agents, updates = [], []
     build, make_update = ooo.Agent.__init__, ooo.make_update
 
@@ -528,14 +584,14 @@ def session(monkeypatch, in_tmp):
         build(agent, *args, **options)
         agents.append((agent, copy.deepcopy(agent.state_dict())))
 
-    def remember(args, buffer, agent, settings, rnd=None):
-        updates.append((args, settings, rnd, buffer))
-        return make_update(args, buffer, agent, settings, rnd)
+    def remember(args, buffer, agent, rnd=None, exploitation=False):
+        updates.append((args, buffer, agent, rnd, exploitation))
+        return make_update(args, buffer, agent, rnd, exploitation)
 
     monkeypatch.setattr(ooo.Agent, "__init__", init)
     monkeypatch.setattr(ooo, "make_update", remember)
-    for env_id, task in ooo.ENVIRONMENTS.items():
-        monkeypatch.setitem(ooo.ENVIRONMENTS, env_id, replace(task, horizon=12 if task.family == "kitchen" else 30))
+    for env_id, task in ooo.TASKS.items():
+        monkeypatch.setitem(ooo.TASKS, env_id, task._replace(horizon=12 if task.family == "kitchen" else 30))
 
     def run(*words):
         agents.clear()
@@ -555,9 +611,11 @@ def metrics(run, phase=None):
 
 
 def stored(run):
-    """Columns of the online transitions in the files of a run."""
-    chunks = [np.load(path) for path in sorted((run / "replay").iterdir())]
-    return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
+    """Columns of the online transitions in the file of a run."""
+    columns = json.loads((run / "config.json").read_text())["replay_columns"]
+    rows = np.fromfile(run / "replay.bin", np.float32).reshape(-1, max(stop for _, stop in columns.values()))
+    return {name: rows[:, start:stop] if name in ("observations", "actions", "next_observations") else rows[:, start]
+            for name, (start, stop) in columns.items()}
 
 
 @pytest.mark.parametrize("env_id", ooo.TASKS)
@@ -571,10 +629,10 @@ def test_all_phases(env_id, tiny, session):
     assert [row["env_step"] for row in rows if row["exploration"] and row["exploitation"]] == times
     for record in metrics(run):
         assert all(isinstance(value, str | bool) or math.isfinite(value) for value in record.values()), record
-    shared = {"critic", "actor", "alpha", "alpha_value", "entropy", "q_mean", "next_q_mean", "cql",
-              "bound_rate_uniform", "bound_rate_policy"} | ({"alpha_prime", "alpha_prime_value"}
-                                                            if args.cql_target_gap else set())
-    for phase, more in (("pretrain", {"rnd"}), ("online", {"rnd"}), ("retrain", set())):
+    shared = {"critic", "actor", "alpha", "alpha_value", "entropy", "q_mean", "next_q_mean", "cql"}
+    shared |= {"alpha_prime", "alpha_prime_value"} if args.cql_target_gap else set()
+    explored = {"bound_rate_uniform", "bound_rate_policy", "rnd"}
+    for phase, more in (("pretrain", explored), ("online", explored), ("retrain", set())):
         logged = [r for r in metrics(run, phase) if "losses/critic" in r]
         assert logged and {n for n in logged[-1] if n.startswith("losses")} == {f"losses/{n}" for n in shared | more}
     assert len(agents) == 3
@@ -582,32 +640,33 @@ def test_all_phases(env_id, tiny, session):
         state = agent.state_dict()
         assert [name for name in state if torch.equal(state[name], first[name])] in ([], ["q_bounds"])
 
-    (explore_args, explore, rnd, buffer), *exploit = updates
-    assert explore.calibrate and rnd is not None and rnd.reward_before_step
-    assert explore.intrinsic_reward_scale == args.intrinsic_reward_scale
-    assert [tuple(w.shape[1:]) for w in agents[0][0].critic.weights][1:] == [(16, 16), (16, 1)]
-    offline = len(buffer.data) - 80
+    _, explore, *exploit = updates  # pretraining, online, retrainings
+    _, buffer, explorer, rnd, exploitation = explore
+    assert rnd is not None and not exploitation and not explorer.critic.unit_features
+    assert [tuple(w.shape[1:]) for w in explorer.critic.weights][1:] == [(16, 16), (16, 1)]
+    family = ooo.TASKS[env_id].family
+    scale, bias, mask = {"hammer": (0.01, 0.0, None), "kitchen": (1.0, -4.0, 4.0), "antmaze": (10.0, -0.5, None),
+                         "maze2d": (10.0, -0.5, None)}.get(family, (10.0, 0.5, None))
     raw = buffer.split(buffer.data)["rewards"]
-    for t, (agent, _), (learnt, settings, no_rnd, _) in zip(times, agents[1:], exploit, strict=True):
-        assert not settings.calibrate and no_rnd is None and agent.critic.unit_features
+    for t, (_, _, agent, no_rnd, exploitation) in zip(times, exploit, strict=True):
+        assert exploitation and no_rnd is None and agent.critic.unit_features
         assert [tuple(w.shape[1:]) for w in agent.critic.weights][1:] == [(12, 12), (12, 1)]
-        scaled = (raw[: offline + t] + learnt.reward_bias) * learnt.reward_scale / (1 - 0.99)
+        scaled = (raw[: buffer.offline_size + t] + bias) * scale / (1 - 0.99)
         assert agent.q_bounds.tolist() == pytest.approx([scaled.min().item(), scaled.max().item()], rel=1e-4)
-    family = ooo.ENVIRONMENTS[env_id].family
-    want = {"hammer": (0.01, 0.0, None), "kitchen": (1.0, -4.0, 4.0), "antmaze": (10.0, -0.5, None),
-            "maze2d": (10.0, -0.5, None)}.get(family, (10.0, 0.5, None))
-    assert (learnt.reward_scale, learnt.reward_bias, learnt.mask_reward) == want
-    assert explore_args.mask_reward is None
+    want = {"reward_scale": scale, "reward_bias": bias, "mask_reward": mask}
+    assert {name: ooo.pick(args, name, True) for name in want} == want
+    assert ooo.pick(args, "mask_reward", False) is None
 
     # A saved policy is the agent's.
-    act, content = ooo.load_policy(run / f"exploitation_{times[-1]}.pt")
-    obs = np.ones(content["obs_dim"], np.float32)
-    np.testing.assert_array_equal(act(obs), agents[-1][0].act(obs, sample=False))
+    agent = ooo.load_policy(run / f"exploitation_{times[-1]}.pt")
+    obs = np.ones(buffer.obs_dim, np.float32)
+    np.testing.assert_array_equal(agent.act(obs), exploit[-1][2].act(obs))
+    assert all(torch.equal(value, exploit[-1][2].state_dict()[name]) for name, value in agent.state_dict().items())
     # Every online step was stored, with the return that its trajectory had.
     online = stored(run)
     assert len(online["rewards"]) == 80
     returns = ooo.monte_carlo_returns(args, torches(online))
-    np.testing.assert_allclose(online["mc_returns"], returns, rtol=1e-5)
+    np.testing.assert_allclose(online["lower_bounds"], returns, rtol=1e-5)
     if family == "pen":
         assert returns[0] == pytest.approx(-500) if not (online["rewards"][:30] == 0).any() else True
     if args.q_reward_bounds:  # widened to what was observed, or as given
@@ -623,11 +682,10 @@ def test_as_many_updates_as_steps(tiny, session, monkeypatch):
     sizes, offline_rows = [], []
     mixed = ooo.mixed_rows
 
-    def watch(buffer, offline_size, size, *rest):
-        rows = mixed(buffer, offline_size, size, *rest)
-        sizes.append(size - offline_size)
-        first_online = buffer.split(buffer.data)["episodes"][offline_size]
-        offline_rows.append(int((buffer.split(rows)["episodes"] < first_online).sum()))
+    def watch(buffer, size, *rest):
+        rows = mixed(buffer, size, *rest)
+        sizes.append(size - buffer.offline_size)
+        offline_rows.append(int((buffer.split(rows)["episodes"] < buffer.offline_episodes).sum()))
         return rows
 
     monkeypatch.setattr(ooo, "mixed_rows", watch)
@@ -654,7 +712,7 @@ def test_success_ends_an_episode(tiny, session, monkeypatch):
     assert [r["charts/episodic_length"] for r in episodes] == [7, 7, 7]
     online = stored(directory(PEN))
     assert np.flatnonzero(online["terminations"]).tolist() == [6, 13, 20]
-    np.testing.assert_allclose(online["mc_returns"][4:7], [-5 + 0.99 * (-5 + 0.99 * 5), -5 + 0.99 * 5, 5], rtol=1e-6)
+    np.testing.assert_allclose(online["lower_bounds"][4:7], [-5 + 0.99 * (-5 + 0.99 * 5), -5 + 0.99 * 5, 5], rtol=1e-6)
     lengths = [e["length"] for line in (directory(PEN) / "evals.jsonl").read_text().splitlines()
                for e in json.loads(line)["episodes"]]
     assert set(lengths) == {30}
@@ -663,45 +721,52 @@ def test_success_ends_an_episode(tiny, session, monkeypatch):
 def test_intrinsic_returns(tiny, session, monkeypatch):
     """Computed anew at the stated steps, for all transitions, with the RND as it stands; in the bound if asked for."""
     tiny(PEN)
-    refreshed, bounds = [], []
-    refresh, update = ooo.IntrinsicReturns.refresh, ooo.calql_update
+    renewed, seen = [], []
+    renew, update = ooo.renew_bounds, ooo.calql_update
 
-    def watch(self):
-        refresh(self)
-        s = self.s
-        batch = s.buffer.split(s.buffer.data[: s.buffer.size])
-        rewards = s.rnd.intrinsic_rewards(batch["next_observations"]).double()
-        last = len(rewards) - 1  # the end of a trajectory: its own reward; the one before adds the discounted last
-        assert batch["intrinsic_returns"][last].item() == pytest.approx(rewards[last].item(), rel=1e-5)
-        want = (rewards[last - 1] + 0.99 * rewards[last]).item()
-        assert batch["intrinsic_returns"][last - 1].item() == pytest.approx(want, rel=1e-5)
-        refreshed.append((s.progress["grad_step"], s.buffer.size - s.offline_size))
+    def returns(args, batch):
+        return torch.from_numpy(ooo.monte_carlo_returns(args, batch)).float()
 
-    def spy(agent, batch, settings, bonus):
-        bounds.append((batch["lower_bounds"] - batch["mc_returns"], batch["intrinsic_returns"]))
-        return update(agent, batch, settings, bonus)
+    def watch(run, buffer, rnd, bound_rnd, phase):
+        renew(run, buffer, rnd, bound_rnd, phase)
+        batch = buffer.first(buffer.size)
+        rewards = rnd.intrinsic_rewards(batch["next_observations"])
+        added = batch["lower_bounds"] - returns(run.args, batch)
+        # The end of a trajectory: its own reward; the one before adds the discounted last.
+        assert added[-1].item() == pytest.approx(2 * rewards[-1].item(), rel=1e-3, abs=1e-3)
+        both = 2 * (rewards[-2] + 0.99 * rewards[-1]).item()
+        assert added[-2].item() == pytest.approx(both, rel=1e-3, abs=1e-3)
+        assert all(map(torch.equal, rnd.state_dict().values(), bound_rnd.state_dict().values()))
+        renewed.append((run.progress["grad_step"], buffer.size - buffer.offline_size))
 
-    monkeypatch.setattr(ooo.IntrinsicReturns, "refresh", watch)
+    def spy(args, agent, batch, bonus, calibrate):
+        seen.append(batch["lower_bounds"].clone())
+        return update(args, agent, batch, bonus, calibrate)
+
+    monkeypatch.setattr(ooo, "renew_bounds", watch)
     monkeypatch.setattr(ooo, "calql_update", spy)
     words = ["--env-id", PEN, *TINY, "--offline-steps", 60, "--online-steps", 60, "--retrain-at",
              "--intrinsic-reward-scale", 2]
     session(*words)
-    assert refreshed == [(0, 0), (50, 0), (100, 60)]  # gradient step 100 belongs to the second trajectory
-    assert all(not added.any() for added, _ in bounds)
-    logged = [r for r in metrics(directory(PEN)) if "rnd/intrinsic_return_mean" in r]
-    assert [r["grad_step"] for r in logged] == [0, 50, 100] and all(r["rnd/intrinsic_return_mean"] > 0 for r in logged)
-    bounds.clear()
+    plain = seen.copy()
+    assert not renewed and not any("rnd/intrinsic_return_mean" in r for r in metrics(directory(PEN)))
+    seen.clear()
     session(*words, "--intrinsic-bound", "--exp-name", "in_bound")
-    for added, intrinsic in bounds:
-        torch.testing.assert_close(added, 2 * intrinsic, rtol=1e-3, atol=1e-3)
-    assert any(added.any() for added, _ in bounds)
+    assert renewed == [(0, 0), (50, 0), (100, 60)]  # gradient step 100 belongs to the second trajectory
+    logged = [r for r in metrics(directory(PEN, "in_bound")) if "rnd/intrinsic_return_mean" in r]
+    assert [r["grad_step"] for r in logged] == [0, 50, 100] and all(r["rnd/intrinsic_return_mean"] > 0 for r in logged)
+    for with_bonus, without in zip(seen[50:60], plain[50:60], strict=True):  # of pretraining: the same rows
+        assert (with_bonus > without).all()
+    # What is stored are the returns of the task reward, from which --resume computes the rest.
+    online = torches(stored(directory(PEN, "in_bound")))
+    torch.testing.assert_close(online["lower_bounds"], returns(parse(*words), online))
 
 
 def test_without_intrinsic_reward_there_is_no_rnd(tiny, session):
     tiny(PEN)
     _, _, updates = session("--env-id", PEN, *TINY, "--intrinsic-reward-scale", 0, "--online-steps", 30,
                             "--retrain-at", 30, "--retrain-steps", 3)
-    assert updates[0][2] is None and not list(directory(PEN).glob("rnd_*"))
+    assert updates[0][3] is None
     assert not any("rnd" in name for record in metrics(directory(PEN)) for name in record)
 
 
@@ -724,17 +789,25 @@ def test_upsampling_comes_on_top(tiny, session, monkeypatch):
 
 
 def test_early_stop(tiny, session, monkeypatch, capsys):
-    """It says why in the metrics and on the terminal, evaluates once more, and the run goes on."""
+    """It says why in the metrics and on the terminal, after an evaluation, and the run goes on."""
     tiny(PEN)
     words = ["--env-id", PEN, *TINY, "--offline-steps", 2, "--online-steps", 40, "--retrain-at", 20, 40,
-             "--retrain-steps", 30, "--log-every", 5, "--retrain-early-stop", 1e-9]
-    monkeypatch.setattr(ooo, "reason_to_stop", lambda means, peak, q_range, share:
-                        "enough" if peak >= means["losses/q_mean"] and q_range == pytest.approx(1000) else None)
+             "--retrain-steps", 30, "--eval-every", 5, "--retrain-early-stop", 1e-9]
+    peaks = []
+
+    def reason(args, losses, peak, bounds):
+        assert bounds == pytest.approx([-500, 500])
+        peaks.append((losses["losses/q_mean"].item(), peak))
+        return "enough" if len(peaks) % 3 == 0 else None
+
+    monkeypatch.setattr(ooo, "reason_to_stop", reason)
     rows, *_ = session(*words)
+    assert [peak for _, peak in peaks] == [max(q for q, _ in part[: i + 1]) for part in (peaks[:3], peaks[3:])
+                                           for i in range(3)]
     for t in (20, 40):
         records = [r for r in metrics(directory(PEN), "retrain") if r["env_step"] == t]
-        assert [r["early_stop"] for r in records if "early_stop" in r] == ["enough"]
-        assert records[-1]["grad_step"] == 5 and "eval/return" in records[-1]
+        assert records[-1]["early_stop"] == "enough" and records[-1]["grad_step"] == 15
+        assert "eval/return" in records[-2] and records[-2]["grad_step"] == 15
     assert rows[1]["exploitation"] and "enough" in capsys.readouterr().out
 
 
@@ -759,14 +832,14 @@ def test_exploit_only_and_eval_only(tiny, session):
 # === a process of its own: resume and errors ===
 
 RUN = ["--env-id", PEN, *TINY, *"""--offline-steps 15 --online-steps 110 --retrain-at 70 110 --retrain-steps 12
---log-every 7 --checkpoint-every 5 --intrinsic-returns-every 8 --intrinsic-bound --q-reward-bounds -1 0.5
+--log-every 7 --checkpoint-every 5 --intrinsic-returns-every 8 --intrinsic-bound --q-reward-bounds -1 0.5 --eval-every 6
 --cql-target-gap 0.8 --retrain-early-stop 9""".split()]
 MOMENTS = {
     "pretraining": ("os.rename", "/checkpoint.pt", 3),
-    "online, between a chunk of data and its checkpoint": ("os.rename", "/checkpoint.pt", 4),
-    "retraining, after a checkpoint": ("os.rename", "/checkpoint.pt", 6),
-    "retraining, between the policy and its checkpoint": ("os.rename", "/checkpoint.pt", 7),
-    "online again": ("os.rename", "/rnd_110.pt", 1),
+    "online, after a checkpoint": ("os.rename", "/checkpoint.pt", 5),
+    "online, between the data and their checkpoint": ("os.rename", "/exploration_110.pt", 1),
+    "retraining, after a checkpoint": ("os.rename", "/checkpoint.pt", 7),
+    "retraining, between the policy and its checkpoint": ("os.rename", "/exploitation_70.pt", 1),
 }
 
 
@@ -808,14 +881,14 @@ def test_killed(whole, calql_box, moment):
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["--env-id", "pen-binary"], "did you mean pen-binary-v0?"),
+        (["--env-id", "pen-binary"], "pen-binary-v0"),
         (["--env-id", PEN, "--device", "cuda:97"], "cuda:97"),
         (["--env-id", PEN, "--offline-ratio", 2], "--offline-ratio"),
         (["--env-id", PEN, "--dataset-path", "no.npz"], "no.npz"),
         (["--env-id", PEN, "--dataset-id", "mine/large-v0"], "mine/large-v0"),
         (["--exploit-only", "nowhere"], "nowhere"),
         (["--eval-only", "nowhere"], "nowhere"),
-        (["--env-id", PEN, "--online-steps", 10**12], "GiB"),
+        (["--env-id", PEN, "--online-steps", 10**10], "GiB"),
     ],
 )
 def test_bad_input(tiny, tmp_path, words, named):
@@ -829,10 +902,10 @@ def test_bad_input(tiny, tmp_path, words, named):
 
 def test_a_damaged_loss_stops_the_run(tiny, session, monkeypatch, capsys):
     tiny(PEN)
+    monkeypatch.setattr(ooo, "calql_update", lambda *args: {"losses/critic": torch.tensor(math.nan)})
     with pytest.raises(SystemExit) as stop:
-        session("--env-id", PEN, *TINY, "--learning-rate", 1e30, "--online-steps", 1, "--retrain-at")
-    err = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 1 and err.startswith("error: losses/") and "at step" in err
+        session("--env-id", PEN, *TINY, "--online-steps", 1, "--retrain-at")
+    assert stop.value.code == 1 and "error: losses/critic is nan at pretrain step 20" in capsys.readouterr().err
 
 
 def test_same_settings_in_the_config(tiny, session):

@@ -3,6 +3,7 @@
 import importlib.util
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import minari
 import numpy as np
@@ -68,8 +69,21 @@ def test_dataset(tool, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["ooo"]
 
 
+@pytest.mark.parametrize(("maze", "cells"), [("UMaze", 7), ("Medium", 26)])
+def test_the_small_mazes(tool, capfd, maze, cells):
+    """Under an id of their own, of the environment that they name; nothing is printed by other packages."""
+    status, episodes = collect(tool, maze=maze)
+    assert status == 0 and len(episodes) > 5
+    dataset = minari.load_dataset(f"ooo/pointmaze/{maze.lower()}-v0")
+    env = dataset.recover_environment()
+    assert dataset.spec.env_spec.id == f"PointMaze_{maze}-v3"
+    assert sum(cell != 1 for row in env.unwrapped.maze.maze_map for cell in row) == cells
+    err = [line for line in capfd.readouterr().err.replace("\r", "\n").splitlines() if line.strip()]
+    assert all(line.startswith("collect:") for line in err), err
+
+
 def test_time_limit_keeps_the_state_and_draws_a_new_goal(tool, monkeypatch):
-    monkeypatch.setattr(tool, "MAX_EPISODE_STEPS", 40)
+    monkeypatch.setitem(tool.MAX_EPISODE_STEPS, "Large", 40)
     _, episodes = collect(tool)
     check_layout(episodes)
     assert max(len(episode.actions) for episode in episodes) == 40
@@ -114,6 +128,9 @@ def test_interrupted_write_leaves_no_half_dataset(tool, tmp_path, monkeypatch, b
         {"dataset_id": "../x-v0"},
         {"dataset_id": "no-version"},
         {"steps": 0},
+        {"steps": float("nan")},
+        {"seed": -1},
+        {"seed": float("nan")},
     ],
     ids=str,
 )
@@ -121,6 +138,26 @@ def test_wrong_arguments_are_refused_in_one_line(tool, tmp_path, capsys, changes
     assert tool.main(tool.Args(**changes)) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("store", ["a file", "full"])
+def test_a_store_that_cannot_take_the_data_is_refused_in_one_line(store, tool, tmp_path, monkeypatch, capsys):
+    if store == "full":
+        monkeypatch.setattr(tool.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
+    else:
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "file"))
+    assert tool.main(tool.Args(steps=STEPS)) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and str(tmp_path) in err and "MiB" in err or "written" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] * (store == "a file")
+
+
+def test_home_is_expanded(tool, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MINARI_DATASETS_PATH", "~/store")
+    assert tool.main(tool.Args(steps=50)) == 0
+    assert (tmp_path / "store" / "ooo" / "pointmaze" / "large-v0").is_dir()
 
 
 def test_a_folder_that_is_no_dataset_is_not_taken_for_one(tool, tmp_path, capsys):

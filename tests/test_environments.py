@@ -1,13 +1,15 @@
-"""The nine tasks on today's packages: shapes, horizons, start states, rewards, success and termination.
+"""The tasks on today's packages: shapes, horizons, start states, rewards, success and termination.
 
 Expected values come from the simulator's state or from the package's own info, not from the script's formulas. To see
 a success, the simulator is put into a state: a nail driven in, a door opened, a kettle moved.
 """
 
 import functools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from gymnasium_robotics.envs.franka_kitchen.kitchen_env import OBS_ELEMENT_GOALS, OBS_ELEMENT_INDICES
 from tiny_data import KITCHEN_TASKS
 
@@ -23,6 +25,13 @@ TASKS = {  # observation and action dimensions, horizon
     "kitchen-complete-v0": (30, 9, 1000),
     "antmaze-goal-missing-large-v2": (29, 8, 1000),
     "maze2d-missing-data-large-v1": (4, 2, 800),
+    "maze2d-missing-data-medium-v1": (4, 2, 600),
+    "maze2d-missing-data-umaze-v1": (4, 2, 300),
+}
+MAZES = {  # D4RL's goal, the number of free cells, its center, D4RL's scores of 0 and 100
+    "maze2d-missing-data-large-v1": ((7, 9), 46, (3.5, -3.0), (6.7, 273.99)),
+    "maze2d-missing-data-medium-v1": ((6, 6), 26, (2.5, -2.5), (13.13, 277.39)),
+    "maze2d-missing-data-umaze-v1": ((1, 1), 7, (-1.0, 1.0), (23.85, 161.86)),
 }
 BINARY = ("pen-binary-v0", "door-binary-v0", "relocate-binary-v0")
 KITCHENS = tuple(env_id for env_id in TASKS if env_id.startswith("kitchen"))
@@ -62,8 +71,8 @@ class Inner:
 
 
 def test_these_are_all_tasks():
-    offline = {env_id for env_id, task in ooo.ENVIRONMENTS.items() if task.datasets}
-    assert set(TASKS) == set(ooo.TASKS) == offline
+    assert set(TASKS) == set(ooo.TASKS)
+    assert all(task.datasets for task in ooo.TASKS.values())
 
 
 @each_task
@@ -303,24 +312,39 @@ def test_antmaze_goes_on_when_the_ant_falls():
         assert (reward, terminated, truncated) == (0.0, False, False)
 
 
-def test_maze2d_starts_everywhere():
-    env = environment(POINT)
+@pytest.mark.parametrize("env_id", MAZES)
+def test_maze2d_starts_everywhere(env_id):
+    env, (goal, cells, center, scores) = environment(env_id), MAZES[env_id]
     maze = env.unwrapped.maze
     free = {(row, col) for row, line in enumerate(maze.maze_map) for col, cell in enumerate(line) if cell != 1}
-    assert len(free) == 46 and (7, 9) in free
+    assert len(free) == cells and goal in free and env.task.score == ("return", *scores)
     seen, speeds, offsets = set(), [], []
-    for seed in range(400):
+    for seed in range(10 * cells):
         obs, _ = env.reset(seed=seed)
         cell = tuple(int(i) for i in maze.cell_xy_to_rowcol(obs[:2]))
         seen.add(cell)
-        offsets.append(obs[:2] - (cell[1] - 5.5, 4.0 - cell[0]))
+        offsets.append(obs[:2] - (cell[1] + 0.5 - maze.map_width / 2, maze.map_length / 2 - cell[0] - 0.5))
         speeds.append(obs[2:])
         point = env.unwrapped.point_env.data
         np.testing.assert_allclose(obs, np.concatenate([point.qpos, point.qvel]), rtol=1e-6)
-        assert env.goal.tolist() == [3.5, -3.0]
+        assert env.goal.tolist() == list(center)
     assert seen == free
     assert 0.09 < np.abs(offsets).max() <= 0.1 + 1e-6
-    assert 0.09 < np.std(speeds) < 0.11 and abs(np.mean(speeds)) < 0.02
+    assert 0.08 < np.std(speeds) < 0.12 and abs(np.mean(speeds)) < 0.03
+
+
+@pytest.mark.parametrize("env_id", [ANT, *MAZES])
+def test_positions_in_walls(env_id):
+    """Every cell of the map, at its center and close to its corners; and what lies outside, however far."""
+    env = environment(env_id)
+    maze = env.unwrapped.maze
+    for row, line in enumerate(maze.maze_map):
+        for column, cell in enumerate(line):
+            center = maze.cell_rowcol_to_xy(np.array([row, column]))
+            corners = center + 0.49 * maze.maze_size_scaling * np.array([[0, 0], [1, 1], [1, -1], [-1, 1], [-1, -1]])
+            assert env.in_walls(corners.astype(np.float32)).tolist() == [cell == 1] * 5, (row, column)
+    outside = np.float32([[1e30, 0], [-1e30, 0], [0, 1e30], [0, -1e30], [30, 0], [0, -30]])
+    assert env.in_walls(outside).all()
 
 
 def test_maze2d_reward_and_no_termination():
@@ -343,28 +367,47 @@ def test_maze2d_reward_and_no_termination():
 class Countdown:
     """An environment of three steps whose start is drawn from the seed; success in the middle step only."""
 
+    task = ooo.TASKS["pen-binary-v0"]
+
     def __init__(self):
         self.starts = []
 
     def reset(self, seed):
         self.left = 3
         self.starts.append(np.random.default_rng(seed).normal())
-        return np.array([self.starts[-1]])
+        return np.array([self.starts[-1]]), {}
 
     def step(self, action):
         self.left -= 1
         return np.zeros(1), [-1.0, 5.0, 2.0][self.left] + action, False, self.left == 0, {"success": self.left == 1}
 
 
+def player(act):
+    return SimpleNamespace(act=act)
+
+
 def test_evaluation():
     env = Countdown()
-    env.reset, reset = lambda seed: (reset(seed), {}), env.reset
-    results = ooo.evaluate(env, lambda obs: 0.5, 4, seed=7)
+    results, summary = ooo.evaluate(env, player(lambda obs: 0.5), 4, seed=7)
     assert results == [{"return": 7.5, "length": 3, "success": True, "max_reward": 5.5}] * 4
+    assert summary == {"eval/return": 7.5, "eval/success_rate": 1.0, "eval/normalized_score": 100.0, "eval/episodes": 4}
     assert len(set(env.starts)) == 4
-    ooo.evaluate(env, lambda obs: 9.0, 4, seed=7)  # another policy meets the same starts
-    ooo.evaluate(env, lambda obs: 0.5, 4, seed=8)
+    ooo.evaluate(env, player(lambda obs: 9.0), 4, seed=7)  # another policy meets the same starts
+    ooo.evaluate(env, player(lambda obs: 0.5), 4, seed=8)
     assert env.starts[4:8] == env.starts[:4] and not set(env.starts[8:]) & set(env.starts[:4])
+
+
+def test_what_a_policy_draws_in_evaluation_depends_on_seed_and_episode():
+    """Whatever was drawn before, and however many episodes there are."""
+
+    def draws(episodes, seed=7):
+        seen = []
+        torch.rand(episodes)
+        ooo.evaluate(Countdown(), player(lambda obs: seen.append(torch.rand(1).item()) or 0.0), episodes, seed)
+        return seen
+
+    assert draws(3)[:6] == draws(2) and len(set(draws(3))) == 9
+    assert not set(draws(2)) & set(draws(2, seed=8))
 
 
 def test_training_and_evaluation_episodes_differ():

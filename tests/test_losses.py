@@ -13,6 +13,9 @@ import torch
 import iql_ooo as ooo
 
 OBS, ACT, HIDDEN, BATCH = 5, 3, (16, 12), 40
+CPU = torch.device("cpu")
+IQL = dict(gamma=0.99, tau=0.005, expectile=0.7, temperature=3.0)
+TD3 = dict(gamma=0.99, tau=0.005)
 
 
 def array(tensor):
@@ -26,12 +29,12 @@ def close(got, want, tolerance=1e-5):
 
 def make_agent(seed=0, learning_rate=1e-2, **actor_options):
     torch.manual_seed(seed)
-    agent = ooo.Agent(OBS, ACT, HIDDEN, learning_rate, "cpu", **actor_options)
+    agent = ooo.Agent(OBS, ACT, HIDDEN, learning_rate, CPU, **actor_options)
     with torch.no_grad():  # the target must differ from the critic, and log_std from 0
         for parameter in agent.critic_target.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
         agent.actor.log_std.copy_(torch.tensor([-0.5, 0.2, -1.0]))
-        agent.value[-1].bias.sub_(2.0)  # advantages of both signs
+        agent.value.layers[-1].bias.sub_(2.0)  # advantages of both signs
     return agent
 
 
@@ -52,7 +55,7 @@ def forward(weights, biases, x):
 
 def linears(network):
     """Weights (in, out) and biases of a network of nn.Linear."""
-    layers = [layer for layer in network if isinstance(layer, torch.nn.Linear)]
+    layers = [layer for layer in network.modules() if isinstance(layer, torch.nn.Linear)]
     return [array(layer.weight).T for layer in layers], [array(layer.bias) for layer in layers]
 
 
@@ -77,12 +80,7 @@ def log_density(x, mean, log_std):
 
 def gradients(network):
     """After one step of Adam from nothing: 10 times its first moment."""
-
-    def of(optimizer):
-        moments = {id(p): mean for p, mean in zip(optimizer.parameters, optimizer.exp_avg, strict=True)}
-        return [array(moments[id(p)]) * 10 for p in network.parameters()]
-
-    return of
+    return lambda optimizer: [array(optimizer.state[p]["exp_avg"]) * 10 for p in network.parameters()]
 
 
 # === losses ===
@@ -115,7 +113,7 @@ def test_log_prob(log_std_min):
     raw = [-7.0, -3.0, 0.3, 6.0]
     with torch.no_grad():
         actor.log_std.copy_(torch.tensor(raw))
-        actor.net[-1].weight.mul_(3)
+        actor.net.layers[-1].weight.mul_(3)
     observations = torch.randn(BATCH, OBS)
     mean = np.tanh(forward(*linears(actor.net), array(observations)))
     log_std = np.clip(raw, log_std_min, 2.0)
@@ -132,12 +130,11 @@ def test_log_prob(log_std_min):
 def test_iql_update(bounds, bonus):
     """All three losses, the target, and which network which loss moves."""
     agent, batch = make_agent(), make_batch()
-    settings = ooo.Settings(gamma=0.9, tau=0.01, expectile=0.8, temperature=4.0, intrinsic_reward_scale=3.0, **bounds)
-    intrinsic = torch.rand(BATCH) if bonus else None
+    intrinsic = 3.0 * torch.rand(BATCH) if bonus else torch.zeros(BATCH)
     before = copy.deepcopy(agent)
-    losses = ooo.iql_update(agent, batch, settings, intrinsic)
+    losses = ooo.iql_update(agent, batch, intrinsic, gamma=0.9, tau=0.01, expectile=0.8, temperature=4.0, **bounds)
     b = {name: array(value) for name, value in batch.items()}
-    low, high = settings.q_min, settings.q_max
+    low, high = bounds.get("q_min", -np.inf), bounds.get("q_max", np.inf)
 
     # V: regression of the old V on the old target critics; each clipped, then the smaller of the two.
     q_target = q_values(before.critic_target, batch["observations"], batch["actions"])
@@ -150,7 +147,7 @@ def test_iql_update(bounds, bonus):
     target = np.clip(b["rewards"] + 0.9 * b["masks"] * next_v, low, high)
     if bounds:
         assert (target == low).any() and (target == high).any()
-    target = target + 3.0 * array(intrinsic) if bonus else target
+    target = target + array(intrinsic)
     q = q_values(before.critic, batch["observations"], batch["actions"])
     close(losses["losses/critic"], np.mean((q - target) ** 2))
     close(losses["losses/q_mean"], q.mean())
@@ -176,63 +173,84 @@ def test_iql_update(bounds, bonus):
     critic_loss = ((before.critic(batch["observations"], batch["actions"]) - as_float(target)) ** 2).mean()
     actor_loss = -(as_float(weight) * before.actor.log_prob(batch["observations"], batch["actions"])).mean()
     for network, old, loss, optimizer in [
-        (agent.value, before.value, value_loss, "value"),
-        (agent.critic, before.critic, critic_loss, "critic_actor"),
-        (agent.actor, before.actor, actor_loss, "critic_actor"),
+        (agent.value, before.value, value_loss, agent.value_optimizer),
+        (agent.critic, before.critic, critic_loss, agent.optimizer),
+        (agent.actor, before.actor, actor_loss, agent.optimizer),
     ]:
-        for got, want in zip(gradients(network)(agent.optimizers[optimizer]), expected(old, loss), strict=True):
+        for got, want in zip(gradients(network)(optimizer), expected(old, loss), strict=True):
             np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4 * np.abs(want).max())
 
 
 def test_target_network_only_follows():
     agent, batch = make_agent(), make_batch()
     assert not any(p.requires_grad for p in agent.critic_target.parameters())
-    optimised = {id(p) for o in agent.optimizers.values() for p in o.parameters}
-    assert optimised == {id(p) for p in agent.parameters()} - {id(p) for p in agent.critic_target.parameters()}
+    optimised = [id(p) for o in agent.optimizers for group in o.param_groups for p in group["params"]]
+    assert len(optimised) == len(set(optimised))  # in one optimiser only
+    assert set(optimised) == {id(p) for p in agent.parameters()} - {id(p) for p in agent.critic_target.parameters()}
     for _ in range(3):
         old = [array(p).copy() for p in agent.critic_target.parameters()]
-        ooo.iql_update(agent, batch, ooo.Settings(tau=0.2))
+        ooo.iql_update(agent, batch, **IQL | dict(tau=0.2))
         for was, now, source in zip(old, agent.critic_target.parameters(), agent.critic.parameters(), strict=True):
             close(now, 0.8 * was + 0.2 * array(source), 1e-6)
             assert now.grad is None
 
 
-def test_every_gradient_is_used_once():
+@pytest.mark.parametrize("kind", ["iql", "td3"])
+def test_every_gradient_is_used_once(kind):
     """A second update on the same batch must not see gradients of the first."""
-    agent, batch = make_agent(), make_batch()
-    ooo.iql_update(agent, batch, ooo.Settings())
-    assert all(p.grad is None for p in agent.parameters())
-    ooo.td3_update(make_agent(squash=True), batch, ooo.Settings())
-    assert all(p.grad is None for p in agent.parameters())
+    agent, batch = make_agent(squash=kind == "td3"), make_batch()
+
+    def update(agent):
+        torch.manual_seed(0)
+        return ooo.td3_update(agent, batch, **TD3) if kind == "td3" else ooo.iql_update(agent, batch, **IQL)
+
+    update(agent)
+    clean = copy.deepcopy(agent)  # with its optimisers; a copy takes no gradients along
+    assert any(p.grad is not None for p in agent.parameters())
+    assert all(p.grad is None for p in clean.parameters())
+    assert update(agent) == update(clean)
+    for one, other in zip(agent.parameters(), clean.parameters(), strict=True):
+        close(one, array(other), 1e-6)
 
 
 def test_dropout_is_active_in_the_actor_loss_only():
-    agent, batch = make_agent(dropout=0.5), make_batch()
-    assert any(isinstance(layer, ooo.Dropout) for layer in agent.actor.net)
-    others = [*agent.critic.modules(), *agent.critic_target.modules(), *agent.value.modules()]
-    assert not any(isinstance(layer, ooo.Dropout) and layer.keep < 65536 for layer in others)
-    one, two = copy.deepcopy(agent), copy.deepcopy(agent)
-    torch.manual_seed(1)
-    first = ooo.iql_update(one, batch, ooo.Settings())
-    torch.manual_seed(2)
-    second = ooo.iql_update(two, batch, ooo.Settings())
-    differ = {name for name in first if first[name] != second[name]}
-    assert differ == {"losses/actor"}
+    agent, batch = make_agent(), make_batch()
+    results = []
+    for seed, rate in ((1, 0.5), (2, 0.5), (1, 0.0), (2, 0.0)):
+        one = copy.deepcopy(agent)
+        torch.manual_seed(seed)
+        results.append((ooo.iql_update(one, batch, **IQL, dropout=rate), one))
+    (first, one), (second, two), (third, three), (fourth, _) = results
+    assert {name for name in first if first[name] != second[name]} == {"losses/actor"}
+    assert third == fourth  # without dropout nothing is drawn
+    for name in ("critic", "critic_target", "value"):
+        same = zip(getattr(one, name).parameters(), getattr(three, name).parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in same)
+    assert not torch.equal(one.actor.net.layers[0].weight, two.actor.net.layers[0].weight)
     obs = np.ones(OBS, np.float32)
-    assert (agent.act(obs, sample=False) == agent.act(obs, sample=False)).all()
-    assert agent.actor.training  # and on again for the next update
+    assert (agent.act(obs) == agent.act(obs)).all()  # the policy itself has none
 
 
-def test_task_batch():
-    raw = torch.tensor([0.0, 4.0, 3.0, 4.0])
-    batch = {"rewards": raw, "terminations": torch.tensor([0.0, 0.0, 1.0, 1.0])}
-    kitchen = ooo.task_batch(batch, ooo.Args(reward_bias=-4.0, reward_scale=2.0, mask_reward=4.0))
-    assert kitchen["rewards"].tolist() == [-8.0, 0.0, -2.0, 0.0]
-    assert kitchen["masks"].tolist() == [1.0, 0.0, 1.0, 0.0]
-    plain = ooo.task_batch(batch, ooo.Args())
-    assert plain["rewards"].tolist() == raw.tolist()
-    assert plain["masks"].tolist() == [1.0, 1.0, 0.0, 0.0]
-    assert batch["rewards"] is raw and raw.tolist() == [0.0, 4.0, 3.0, 4.0]  # what is stored stays raw
+@pytest.mark.parametrize("exploitation", [False, True])
+def test_rewards_and_masks_of_a_batch(monkeypatch, exploitation):
+    """Shift, then scale; masks from the raw reward or from terminations. What is stored stays raw."""
+    rewards, terminations = [0.0, 4.0, 3.0, 4.0], [0.0, 0.0, 1.0, 1.0]
+    data = {"observations": np.zeros((4, OBS)), "actions": np.zeros((4, ACT)), "rewards": np.float32(rewards),
+            "next_observations": np.zeros((4, OBS)), "terminations": np.float32(terminations), "episodes": np.zeros(4)}
+    buffer = ooo.ReplayBuffer(data, 0, CPU)
+
+    def batch(**settings):
+        args, seen = ooo.Args(compile="off", **settings), []
+        monkeypatch.setattr(ooo, "iql_update", lambda agent, batch, bonus, **options: seen.append(batch) or {})
+        ooo.make_update(args, buffer, make_agent(), None, exploitation=exploitation)(buffer.data)
+        return seen[0]["rewards"].tolist(), seen[0]["masks"].tolist()
+
+    kitchen = dict(reward_bias=-4.0, reward_scale=2.0, mask_reward=4.0)
+    assert batch(**kitchen) == ([-8.0, 0.0, -2.0, 0.0], [1.0, 0.0, 1.0, 0.0])
+    assert batch() == (rewards, [1.0, 1.0, 0.0, 0.0])
+    own = batch(**kitchen, retrain_reward_scale=0.5)
+    assert own[0] == ([-2.0, 0.0, -0.5, 0.0] if exploitation else [-8.0, 0.0, -2.0, 0.0])
+    assert buffer.first(4)["rewards"].tolist() == rewards
 
 
 # === networks ===
@@ -254,7 +272,7 @@ def test_critic_ensemble_is_separate_networks():
 def test_initialisation_is_orthogonal():
     torch.manual_seed(0)
     critic = ooo.Critic(OBS, ACT, HIDDEN)
-    matrices = [layer.weight for layer in ooo.mlp((OBS, *HIDDEN, ACT)) if isinstance(layer, torch.nn.Linear)]
+    matrices = [layer.weight for layer in ooo.MLP((OBS, *HIDDEN, ACT)).layers]
     matrices += [w for weights in critic.weights for w in weights]
     for matrix in map(array, matrices):
         small = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
@@ -281,27 +299,25 @@ def test_actions(squash):
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_dropout(rate):
+    """Of hidden units, after the ReLU; the kept ones are scaled so that the mean stays."""
     torch.manual_seed(0)
-    layer, shape = ooo.Dropout(rate), (401, 1003)  # a number of elements that is no multiple of 4
-    x = torch.ones(shape, requires_grad=True)
-    y = layer(x)
+    network, x = ooo.MLP((3, 400, 400)), torch.randn(1000, 3)
+    with torch.no_grad():
+        network.layers[0].bias.fill_(10.0)  # no unit is off by its ReLU
+        network.layers[1].weight.copy_(torch.eye(400))  # the output is what dropout left of the hidden layer
+    hidden, y = network.layers[0](x), network(x, dropout=rate)
     kept = y != 0
-    deviation = math.sqrt(rate * (1 - rate) / x.numel())
+    deviation = math.sqrt(rate * (1 - rate) / y.numel())
     assert abs(kept.float().mean().item() - (1 - rate)) < 5 * deviation
-    assert torch.allclose(y[kept], torch.tensor(1 / (1 - rate)), rtol=1e-4)
-    y.sum().backward()
-    assert torch.equal(x.grad, y.detach())  # the same elements, the same factor
-    # Neighbours, which share one 64-bit draw, are independent; and so are two calls.
-    flat, again = kept.flatten().float() - (1 - rate), (layer(torch.ones(shape)) != 0).flatten().float() - (1 - rate)
-    for other in (flat.roll(1), flat.roll(2), flat.roll(3), again):
-        assert abs((flat * other).mean().item()) < 5 * rate * (1 - rate) / math.sqrt(x.numel())
-    assert layer.eval()(x) is x
+    assert torch.allclose(y[kept], hidden[kept] / (1 - rate), rtol=1e-4)
+    again = network(x, dropout=rate) != 0
+    both = ((kept.float() - (1 - rate)) * (again.float() - (1 - rate))).mean().item()
+    assert abs(both) < 5 * rate * (1 - rate) / math.sqrt(y.numel())  # two calls are independent
 
 
 def test_dropout_rate_zero_changes_nothing():
-    x = torch.randn(7, 5)
-    layer = ooo.Dropout(0.0).train()
-    assert layer(x) is x
+    network, x = ooo.MLP((OBS, *HIDDEN, 1)), torch.randn(7, OBS)
+    close(network(x, dropout=0.0), forward(*linears(network), array(x)))
 
 
 # === random network distillation ===
@@ -309,22 +325,22 @@ def test_dropout_rate_zero_changes_nothing():
 
 def make_rnd(learning_rate=1e-2, seed=0, **options):
     torch.manual_seed(seed)
-    networks = (ooo.mlp((OBS, 16, 8)) for _ in range(2))
-    return ooo.RND(*networks, OBS, learning_rate, "cpu", **options)
+    return ooo.RND(OBS, (16, 8), learning_rate, CPU, **options)
 
 
 def test_running_statistics():
     """After any batches: mean and variance of all samples and of 1e-4 samples of mean 0 and variance 1."""
     rng = np.random.default_rng(0)
-    mean, var, count = (torch.tensor(x, dtype=torch.float64) for x in ([0.0] * 3, [1.0] * 3, 1e-4))
+    rnd = ooo.RND(3, (4, 2), 0.0, CPU)
+    mean, var, count = rnd.obs_mean, rnd.obs_var, rnd.obs_count
     seen = np.zeros((0, 3))
     for size in (1, 7, 256, 30):
         x = rng.normal([0, 3, -5], [1, 0.2, 30], (size, 3))
-        ooo.update_running(mean, var, count, torch.from_numpy(x))
+        rnd.update_running("obs", torch.from_numpy(x))
         seen = np.concatenate([seen, x])
         weight = len(seen) + 1e-4
         exact = seen.sum(0) / weight
-        np.testing.assert_allclose(count, weight)
+        np.testing.assert_allclose(count, [weight])
         np.testing.assert_allclose(mean, exact, rtol=1e-12)
         second = ((seen - exact) ** 2).sum(0) + 1e-4 * (1 + exact**2)
         np.testing.assert_allclose(var, second / weight, rtol=1e-9)
@@ -334,9 +350,11 @@ def test_running_statistics():
 
 
 @pytest.mark.parametrize("form", ["max", "l2"])
-def test_rnd_normalisation_on_a_known_sequence(form):
-    """The predictor stands still (rate 0). Statistics used for a batch are those of the batches before it."""
-    rnd, rng = make_rnd(learning_rate=0.0, reward=form), np.random.default_rng(1)
+@pytest.mark.parametrize("normalizer", ["code", "paper"])
+def test_rnd_normalisation_on_a_known_sequence(form, normalizer):
+    """The predictor stands still (rate 0). Statistics used for a batch are those of the batches before it; paper: the
+    rewards' are those of the raw errors, with the batch itself."""
+    rnd, rng = make_rnd(learning_rate=0.0, reward=form, normalizer=normalizer), np.random.default_rng(1)
     seen, rewards, mean, var = np.zeros((0, OBS)), np.zeros(0), np.zeros(OBS), np.ones(OBS)
     reward_var = 1.0
     for _ in range(4):
@@ -344,36 +362,39 @@ def test_rnd_normalisation_on_a_known_sequence(form):
         following[0, 0] = 1e4  # clipped
         z = np.minimum(np.maximum((following - mean) / np.sqrt(var), -5), 5)
         error = (forward(*linears(rnd.predictor), z) - forward(*linears(rnd.target), z)) ** 2
-        want = (error.max(1) if form == "max" else error.sum(1)) / math.sqrt(reward_var)
-        frozen = rnd.intrinsic_rewards(torch.from_numpy(following))
-        got, loss = rnd.update(torch.from_numpy(observations), torch.from_numpy(following), torch.zeros(32))
-        close(got, want, 1e-4)
-        close(frozen, want, 1e-4)
+        raw = error.max(1) if form == "max" else error.sum(1)
+        close(rnd.intrinsic_rewards(torch.from_numpy(following)), raw / math.sqrt(reward_var), 1e-4)
+        got, loss = rnd.update(torch.from_numpy(observations), torch.from_numpy(following), 0.25, torch.zeros(32))
         close(loss, error.mean(), 1e-4)
-        seen, rewards = np.concatenate([seen, observations]), np.concatenate([rewards, array(got)])
+        if normalizer == "paper":
+            rewards = np.concatenate([rewards, raw])
+            close(got, raw / rewards.std(), 1e-4)
+        else:  # fed with what it has divided already
+            close(got, raw / math.sqrt(reward_var), 1e-4)
+            rewards = np.concatenate([rewards, array(got)])
+        seen = np.concatenate([seen, observations])
         mean, var = array(rnd.obs_mean), array(rnd.obs_var)
         np.testing.assert_allclose(mean, seen.mean(0), atol=1e-3)  # of s, not of s'
         np.testing.assert_allclose(var, seen.var(0), rtol=1e-2)
         reward_var = rnd.reward_var.item()
-        np.testing.assert_allclose(reward_var, rewards.var(), rtol=1e-2)  # of rewards that were already divided
-    assert rnd.reward_count.item() == pytest.approx(4 * 32 + 1e-4)
+        np.testing.assert_allclose(reward_var, rewards.var(), rtol=1e-2)
+    assert rnd.reward_count.item() == pytest.approx(4 * 32 + (1e-4 if normalizer == "code" else 0), abs=1e-6)
 
 
-@pytest.mark.parametrize("before", [False, True])
-def test_rnd_reward_comes_from_the_predictor_before_or_after_its_step(before):
-    rnd, observations = make_rnd(learning_rate=0.1, reward_before_step=before), torch.randn(32, OBS)
+def test_rnd_reward_comes_from_the_predictor_after_its_step():
+    rnd, observations = make_rnd(learning_rate=0.1), torch.randn(32, OBS)
     old = copy.deepcopy(rnd)
-    got, _ = rnd.update(observations, observations, torch.zeros(32))
+    got, _ = rnd.update(observations, observations, 0.25, torch.zeros(32))
     as_was = old.intrinsic_rewards(observations)
     old.predictor.load_state_dict(rnd.predictor.state_dict())
     after_step = old.intrinsic_rewards(observations)
     assert not torch.allclose(as_was, after_step, rtol=0.01)
-    close(got, array(as_was if before else after_step))
+    close(got, array(after_step))
 
 
 @pytest.mark.parametrize("share", [0.25, 1.0, 0.0], ids=["some rows", "all rows", "no row"])
 def test_rnd_loss_of_chosen_rows_equals_masked_loss(share):
-    rnd, observations = make_rnd(update_proportion=0.25), torch.randn(64, OBS)
+    rnd, observations = make_rnd(), torch.randn(64, OBS)
     uniform = torch.rand(64) * 0.25 / share if share else torch.ones(64)
     mask = uniform < 0.25
     z = rnd.normalize(observations)
@@ -382,13 +403,13 @@ def test_rnd_loss_of_chosen_rows_equals_masked_loss(share):
     want = (full * mask).sum() / max(int(mask.sum()), 1)
     expected = [array(g) for g in torch.autograd.grad(want, list(rnd.predictor.parameters()))]
     target = copy.deepcopy(rnd.target.state_dict())
-    _, loss = rnd.update(observations, observations, uniform)
+    _, loss = rnd.update(observations, observations, 0.25, uniform)
     close(loss, want.item())
     for got, wanted in zip(gradients(rnd.predictor)(rnd.optimizer), expected, strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-7)
     assert all(torch.equal(value, target[name]) for name, value in rnd.target.state_dict().items())
-    assert all(p.grad is None for p in rnd.parameters())
     assert not any(p.requires_grad for p in rnd.target.parameters())
+    assert {id(p) for p in rnd.optimizer.param_groups[0]["params"]} == {id(p) for p in rnd.predictor.parameters()}
 
 
 def test_rnd_draws_a_quarter_of_the_rows():
@@ -396,14 +417,14 @@ def test_rnd_draws_a_quarter_of_the_rows():
     rnd.predictor.register_forward_hook(lambda module, inputs, output: drawn.append(len(inputs[0])))
     torch.manual_seed(0)
     for _ in range(50):
-        rnd.update(torch.randn(256, OBS), torch.randn(256, OBS))
+        rnd.update(torch.randn(256, OBS), torch.randn(256, OBS), 0.25)
     assert drawn[1::2] == [256] * 50  # the rewards, of all rows
     assert abs(np.mean(drawn[0::2]) - 64) < 5 * math.sqrt(256 * 0.25 * 0.75 / 50)
 
 
 def test_frozen_rnd_changes_nothing():
     rnd = make_rnd()
-    rnd.update(torch.randn(32, OBS), torch.randn(32, OBS))
+    rnd.update(torch.randn(32, OBS), torch.randn(32, OBS), 0.25)
     state = copy.deepcopy(rnd.state_dict())
     rnd.intrinsic_rewards(torch.randn(32, OBS))
     assert all(torch.equal(value, state[name]) for name, value in rnd.state_dict().items())
@@ -412,31 +433,55 @@ def test_frozen_rnd_changes_nothing():
 # === scores ===
 
 
+class Played:
+    """An environment of a task in which every episode has the same rewards; in the last step success, or not."""
+
+    def __init__(self, env_id, rewards, success):
+        self.task, self.rewards, self.success = ooo.TASKS[env_id], rewards, success
+
+    def reset(self, seed):
+        self.left = list(self.rewards)
+        return np.zeros(OBS, np.float32), {}
+
+    def step(self, action):
+        reward = self.left.pop(0)
+        return np.zeros(OBS, np.float32), reward, False, not self.left, {"success": self.success and not self.left}
+
+
 @pytest.mark.parametrize(
-    ("env_id", "episode", "score"),
+    ("env_id", "rewards", "success", "score"),
     [
-        ("hammer-truncated-expert-v1", {"return": -274.856578}, 0.0),
-        ("hammer-truncated-expert-v1", {"return": 12794.134825}, 100.0),
-        ("hammer-truncated-expert-v1", {"return": 13317.0}, 104.0),
-        ("maze2d-missing-data-large-v1", {"return": 0.0}, -2.5066),
-        ("maze2d-missing-data-large-v1", {"return": 346.0}, 126.94),
-        ("maze2d-missing-data-large-v1", {"return": 273.99}, 100.0),
-        ("antmaze-goal-missing-large-v2", {"return": 0.0}, 0.0),
-        ("antmaze-goal-missing-large-v2", {"return": 1.0}, 100.0),
-        ("kitchen-mixed-v0", {"return": 2100.0, "max_reward": 3.0}, 75.0),
-        ("kitchen-complete-v0", {"return": 4.0, "max_reward": 4.0}, 100.0),
-        ("kitchen-partial-v0", {"return": 0.0, "max_reward": 0.0}, 0.0),
-        ("pen-binary-v0", {"return": -3.0, "success": True}, 100.0),
-        ("door-binary-v0", {"return": -200.0, "success": False}, 0.0),
-        ("relocate-binary-v0", {"return": -199.0, "success": True}, 100.0),
+        ("hammer-truncated-expert-v1", [-200.0, -74.856578], False, 0.0),
+        ("hammer-truncated-expert-v1", [12700.0, 94.134825], True, 100.0),
+        ("hammer-truncated-expert-v1", [13317.0], True, 104.0),
+        ("maze2d-missing-data-large-v1", [0.0], False, -2.5066),
+        ("maze2d-missing-data-large-v1", [346.0], True, 126.94),
+        ("maze2d-missing-data-large-v1", [200.0, 73.99], True, 100.0),
+        ("antmaze-goal-missing-large-v2", [0.0, 0.0], False, 0.0),
+        ("antmaze-goal-missing-large-v2", [0.0, 1.0], True, 100.0),
+        ("kitchen-mixed-v0", [*range(4), *[3.0] * 698, 2.0], False, 75.0),
+        ("kitchen-complete-v0", [0.0, 4.0], True, 100.0),
+        ("kitchen-partial-v0", [0.0, 0.0], False, 0.0),
+        ("pen-binary-v0", [-1.0, -1.0, -1.0, 0.0], True, 100.0),
+        ("door-binary-v0", [-1.0] * 200, False, 0.0),
+        ("relocate-binary-v0", [*[-1.0] * 199, 0.0], True, 100.0),
     ],
 )
-def test_normalized_score(env_id, episode, score):
-    assert ooo.normalized_score(ooo.ENVIRONMENTS[env_id], episode) == pytest.approx(score, abs=0.01)
+def test_normalized_score(env_id, rewards, success, score):
+    _, summary = ooo.evaluate(Played(env_id, rewards, success), make_agent(), 2, seed=1)
+    assert summary["eval/normalized_score"] == pytest.approx(score, abs=0.01)
+    assert summary["eval/return"] == pytest.approx(sum(rewards)) and summary["eval/success_rate"] == success
 
 
 def test_summary_is_the_mean_over_episodes():
-    episodes = [{"return": -3.0, "success": True, "max_reward": 0.0},
-                {"return": -9.0, "success": False, "max_reward": -1.0}]
+    env = Played("pen-binary-v0", [-1.0] * 3, True)
+    reset, env.episodes = env.reset, iter([([-1.0] * 2 + [-1.0], True), ([-3.0] * 3, False)])
+
+    def other(seed):
+        env.rewards, env.success = next(env.episodes)
+        return reset(seed)
+
+    env.reset = other
+    _, summary = ooo.evaluate(env, make_agent(), 2, seed=1)
     want = {"eval/return": -6.0, "eval/success_rate": 0.5, "eval/normalized_score": 50.0, "eval/episodes": 2}
-    assert ooo.summarize("pen-binary-v0", episodes) == want
+    assert summary == want

@@ -1,13 +1,15 @@
-"""pex.py: composition, the frozen policy, the update, evaluation, every task, --init-from, resume and errors.
+"""pex.py: composition, the frozen policy, the update, PEX's own updates, evaluation, every task, --init-from, resume
+and errors.
 
-What pex.py shares with iql_ooo.py, byte for byte (test_shared_blocks.py), is tested there; whole updates against PEX's
-own code: test_golden.py.
+What pex.py shares with iql_ooo.py, byte for byte (test_shared_blocks.py), is tested there.
 """
 
 import copy
 import json
 import math
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +25,23 @@ from baseline import (
     run_directory,
     small_words,
 )
-from test_losses import ACT, BATCH, HIDDEN, OBS, array, close, forward, linears, log_density, make_batch, q_values
+from test_golden import INFOS, check_step, load, parameters, read, tensors
+from test_golden import close as near
+from test_losses import (
+    ACT,
+    BATCH,
+    CPU,
+    HIDDEN,
+    IQL,
+    OBS,
+    array,
+    close,
+    forward,
+    linears,
+    log_density,
+    make_batch,
+    q_values,
+)
 
 import iql_ooo
 import pex
@@ -37,14 +55,16 @@ def session(monkeypatch, in_tmp):
     return Session(pex, monkeypatch)
 
 
-def make_agent(learning_rate=1e-2, **options):
+def make_agent(learning_rate=1e-2, inv_temperature=10.0, epsilon=0.1):
     torch.manual_seed(0)
-    offline = pex.Agent(OBS, ACT, HIDDEN, learning_rate, torch.device("cpu"))
+    offline = pex.Agent(OBS, ACT, HIDDEN, learning_rate, CPU)
     with torch.no_grad():
         for parameter in offline.critic_target.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-        offline.value[-1].bias.sub_(2.0)  # advantages of both signs
-    return pex.PEXAgent(OBS, ACT, HIDDEN, learning_rate, torch.device("cpu"), offline=offline, **options), offline
+        offline.value.layers[-1].bias.sub_(2.0)  # advantages of both signs
+    agent = pex.PEXAgent(OBS, ACT, HIDDEN, learning_rate, CPU, -5.0, inv_temperature, epsilon)
+    agent.take_over(offline)
+    return agent, offline
 
 
 def set_q(agent, monkeypatch, q_offline, q_learnt):
@@ -98,6 +118,70 @@ def test_q_of_a_proposal_is_the_smaller_critic():
         close(q[number], np.minimum(*q_values(agent.critic, observations, actions[number])))
 
 
+@pytest.mark.parametrize("epsilon", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("lead", [0.1, -0.1], ids=["learnt better", "offline better"])
+def test_evaluation_makes_two_independent_draws(monkeypatch, epsilon, lead):
+    """Each with probability epsilon: the learnt policy's action is a sample instead of its mean; the policy is drawn
+    from the softmax of Q / 0.1, here 1 to e, instead of being the one with the larger Q."""
+    (agent, _), n = make_agent(epsilon=epsilon), 4000
+    means = [np.tanh(forward(*linears(actor.net), np.ones((1, OBS))))[0]
+             for actor in (agent.offline_actor, agent.actor)]
+    set_q(agent, monkeypatch, 0.0, lead)
+    torch.manual_seed(0)
+    played = np.array([agent.act(np.ones(OBS, np.float32)) for _ in range(n)])
+    offline, mean = (np.abs(played - m).max(1) < 1e-5 for m in means)
+    learnt = ~offline
+    softmax = 1 / (1 + math.exp(-10 * lead))
+    share = (1 - epsilon) * (lead > 0) + epsilon * softmax
+
+    def near_to(count, probability):
+        return abs(count - n * probability) <= 5 * math.sqrt(n * probability * (1 - probability)) + 1e-9
+
+    assert near_to(learnt.sum(), share)
+    assert near_to((learnt & ~mean).sum(), share * epsilon)
+    assert np.abs(played).max() <= 1
+
+
+@pytest.mark.parametrize("inverse", [0.0, 10.0])
+def test_without_a_draw_the_larger_q_decides(monkeypatch, inverse):
+    agent, _ = make_agent(epsilon=0.0, inv_temperature=inverse)
+    for leads in ((1.0, 1.001), (1.001, 1.0)):
+        set_q(agent, monkeypatch, *leads)
+        actor = agent.actor if leads[1] > leads[0] else agent.offline_actor
+        close(agent.act(np.ones(OBS, np.float32)), np.tanh(forward(*linears(actor.net), np.ones((1, OBS))))[0])
+
+
+class FixedLength:
+    """An environment whose episodes have 20 steps; the actions are kept."""
+
+    task = pex.TASKS[PEN]
+
+    def __init__(self):
+        self.episodes = []
+
+    def reset(self, seed):
+        self.episodes.append([])
+        return np.ones(OBS, np.float32), {}
+
+    def step(self, action):
+        self.episodes[-1].append(action)
+        return np.ones(OBS, np.float32), 0.0, False, len(self.episodes[-1]) == 20, {"success": False}
+
+
+def test_an_evaluation_depends_on_its_place_alone():
+    """Not on earlier evaluations or the training's random numbers; episodes and seeds differ."""
+    (agent, _), env = make_agent(epsilon=0.5), FixedLength()
+    for seed in (0, 1):
+        for before in (0, 3):
+            torch.manual_seed(before)
+            pex.evaluate(env, agent, 2, seed=seed)
+    one, other = (np.array(env.episodes[start : start + 4]) for start in (0, 4))
+    for runs in (one, other):
+        np.testing.assert_array_equal(runs[:2], runs[2:])
+        assert (runs[0] != runs[1]).any()
+    assert (one != other).any()
+
+
 def test_default_coefficients():
     args = pex.parse_args(["--env-id", PEN])
     assert (args.inv_temperature, args.epsilon, args.learning_starts, args.offline_ratio) == (10.0, 0.1, 5000, 0.5)
@@ -114,23 +198,58 @@ def test_played_action_is_clipped(monkeypatch):
 # === the update ===
 
 
+def test_golden():
+    """Composition and five online updates of the expanded policy, as PEX's own code makes them."""
+    data, hyper = read("pex")
+    agent = pex.PEXAgent(hyper["obs_dim"], hyper["act_dim"], hyper["hidden_dims"], hyper["lr"], CPU, -5.0,
+                         hyper["inv_temperature"], 0.1)
+    learnt = parameters(agent)
+    actors = parameters(SimpleNamespace(**agent._modules | {"actor": agent.offline_actor}))
+    frozen = {name.replace("actor", "actor_offline"): pair for name, pair in actors.items() if name[:5] == "actor"}
+    load(data, frozen | learnt)
+
+    batch = tensors(data, "batch/", 0)
+    eps, u = (torch.from_numpy(data[f"select/{name}"]) for name in ("eps", "u"))
+    actions, q = agent.propose(batch["observations"], eps)
+    for number, name in enumerate(("a_offline", "a_learning")):
+        near(actions[number], data[f"select/{name}"], INFOS, name)
+    near(agent.probabilities(q).T, data["select/probs"], INFOS, "probabilities")
+    composed, from_learnt = agent.compose(batch["observations"], eps, u)
+    assert (from_learnt.numpy() == data["select/choice"].astype(bool)).all()
+    near(composed, data["select/action"], INFOS, "composed action")
+
+    options = dict(gamma=hyper["discount"], tau=hyper["target_update_rate"], expectile=hyper["expectile"],
+                   temperature=hyper["beta"])
+    for step in range(hyper["steps"]):
+        batch = tensors(data, "batch/", step)
+        batch["masks"] = 1.0 - batch.pop("terminals").float()
+        noise, uniform = (torch.from_numpy(data[f"noise/{name}"][step]) for name in ("eps", "u"))
+        losses = pex.pex_update(agent, batch, noise=noise, uniform=uniform, **options)
+        near(losses["pex/learnt_share"], data["noise/choice"][step].mean(), INFOS, "choice")
+        if step + 1 in hyper["snapshots"]:
+            assert check_step(data, learnt, agent.optimizers, step + 1) == len(learnt)
+    assert hyper["steps"] in hyper["snapshots"]
+    for name, (parameter, _) in frozen.items():
+        np.testing.assert_array_equal(parameter.detach().numpy(), data[f"step0/{name}"])
+
+
 @pytest.mark.parametrize("bounds", [{}, dict(q_min=-0.4, q_max=0.5)], ids=["unbounded", "bounded"])
 def test_pex_update(bounds):
     """All three losses from their definitions, in numpy."""
     agent, _ = make_agent(inv_temperature=2.0)
     batch, noise, uniform = make_batch(), torch.randn(BATCH, ACT), torch.rand(BATCH)
-    settings = pex.Settings(gamma=0.9, tau=0.05, expectile=0.8, temperature=4.0, **bounds)
+    low, high = bounds.get("q_min", -np.inf), bounds.get("q_max", np.inf)
     before = copy.deepcopy(agent)
-    losses = pex.pex_update(agent, batch, settings, noise, uniform)
+    losses = pex.pex_update(agent, batch, gamma=0.9, tau=0.05, expectile=0.8, temperature=4.0, noise=noise,
+                            uniform=uniform, **bounds)
     b = {name: array(value) for name, value in batch.items()}
     observations = batch["observations"]
 
-    q_target = np.minimum(*np.clip(q_values(before.critic_target, observations, batch["actions"]), settings.q_min,
-                                   settings.q_max))
+    q_target = np.minimum(*np.clip(q_values(before.critic_target, observations, batch["actions"]), low, high))
     u = q_target - forward(*linears(before.value), b["observations"])[:, 0]
     close(losses["losses/value"], np.mean(np.where(u < 0, 0.2, 0.8) * u**2))
     next_v = forward(*linears(before.value), b["next_observations"])[:, 0]  # V before its step
-    target = np.clip(b["rewards"] + 0.9 * b["masks"] * next_v, settings.q_min, settings.q_max)
+    target = np.clip(b["rewards"] + 0.9 * b["masks"] * next_v, low, high)
     q = q_values(before.critic, observations, batch["actions"])
     close(losses["losses/critic"], np.mean((q - target) ** 2))
 
@@ -161,11 +280,11 @@ def test_the_frozen_policy_never_moves():
     first = {name: value.clone() for name, value in offline.actor.state_dict().items()}
     fresh = copy.deepcopy(agent.actor.state_dict())
     for _ in range(5):
-        pex.pex_update(agent, make_batch(), pex.Settings())
+        pex.pex_update(agent, make_batch(), **IQL)
     for name, value in first.items():
         assert torch.equal(agent.offline_actor.state_dict()[name], value)
         assert not torch.equal(agent.actor.state_dict()[name], fresh[name])
-    optimised = {id(p) for o in agent.optimizers.values() for p in o.parameters}
+    optimised = {id(p) for o in agent.optimizers for group in o.param_groups for p in group["params"]}
     frozen = {id(p) for p in [*agent.offline_actor.parameters(), *agent.critic_target.parameters()]}
     assert optimised == {id(p) for p in agent.parameters()} - frozen
     assert not any(p.requires_grad for p in agent.offline_actor.parameters())
@@ -185,7 +304,7 @@ def test_every_task(env_id, tiny, session):
     for record in read_lines(run / "metrics.jsonl"):
         assert all(math.isfinite(value) for value in record.values() if not isinstance(value, str))
     # The policy of the offline phase is in the saved one, unchanged; the other one has been learnt.
-    saved = torch.load(run / "pretrained.pt", weights_only=True)["explorer"]["networks"]
+    saved = pex.load_policy(run / "pretrained.pt").state_dict()
     for name, value in offline.actor.state_dict().items():
         assert torch.equal(agent.offline_actor.state_dict()[name], value)
         assert torch.equal(saved[f"actor.{name}"], value)
@@ -195,7 +314,7 @@ def test_every_task(env_id, tiny, session):
 def test_batches_are_half_offline_and_updates_wait(tiny, session):
     tiny(PEN)
     seen = []
-    session.spy("pex_update", lambda agent, batch, settings: seen.append(batch["episodes"].clone()))
+    session.spy("pex_update", lambda agent, batch, **options: seen.append(batch["episodes"].clone()))
     session.run("--env-id", PEN, *SMALL, "--online-steps", 20, "--save-at")
     assert len(seen) == 20 - 5  # the first comes after step 6
     for episodes in seen:
@@ -237,12 +356,12 @@ def test_init_from_takes_the_pretrained_networks(source, session):
     before = {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
     run = source / f"{PEN}__iql__1"
     starts = []
-    session.spy("log_evaluation", lambda s, phase, t, *rest: starts.append((phase, t, copy.deepcopy(s.explorer))))
+    session.spy("evaluate_and_log", lambda run, env, agent, *where: starts.append((*where, copy.deepcopy(agent))))
     rows = session.run("--env-id", PEN, *SMALL, "--online-steps", 20, "--save-at", "--init-from", run)
     check_scores(pex, run_directory(pex, PEN), rows, [20], session.agents[-1])
-    want = torch.load(run / "pretrained.pt", weights_only=True)["explorer"]["networks"]
-    (phase, t, agent), *_ = starts
-    assert (phase, t) == ("online", 0) and all(phase == "online" for phase, *_ in starts)
+    want = torch.load(run / "pretrained.pt", weights_only=True)["agent"]
+    (*where, agent), *_ = starts
+    assert where == ["online", 0, 15] and all(phase == "online" for phase, *_ in starts)
     for mine, theirs in (("offline_actor", "actor"), ("critic", "critic"), ("critic_target", "critic_target"),
                          ("value", "value")):
         for name, value in getattr(agent, mine).state_dict().items():
@@ -253,15 +372,27 @@ def test_init_from_takes_the_pretrained_networks(source, session):
 def test_offline_phase_is_iql_oos(source, session):
     """The same seed and settings give the same networks in both scripts."""
     session.run("--env-id", PEN, *SMALL, "--online-steps", 1, "--save-at")
-    mine, theirs = (torch.load(folder / "pretrained.pt", weights_only=True)["explorer"]
+    mine, theirs = (torch.load(folder / "pretrained.pt", weights_only=True)["agent"]
                     for folder in (run_directory(pex, PEN), source / f"{PEN}__iql__1"))
-    for name, value in mine["networks"].items():
-        assert torch.equal(value, theirs["networks"][name]), name
+    assert mine.keys() == theirs.keys()
+    for name, value in mine.items():
+        assert torch.equal(value, theirs[name]), name
+
+
+def test_init_from_gives_what_the_own_offline_phase_gives(source, session):
+    """From a run of iql_ooo.py or of pex.py itself, with the source's choice of offline data."""
+    words = ["--env-id", PEN, *SMALL, "--online-steps", 20, "--save-at"]
+    session.run(*words)
+    own = run_directory(pex, PEN)
+    for name, run in (("iql", source / f"{PEN}__iql__1"), ("pex", own)):
+        session.run(*words, "--init-from", run, "--exp-name", f"from_{name}")
+        for file in ("policy_20.pt", "replay.bin"):
+            assert Path(f"runs/{PEN}__from_{name}__1/{file}").read_bytes() == (own / file).read_bytes()
 
 
 def test_init_from_what_does_not_fit(tiny, source, in_tmp, capsys):
     run, words = source / f"{PEN}__iql__1", ["--env-id", PEN, *SMALL, "--init-from"]
-    check_refused(pex, [*words, source / f"{PEN}__rnd__1"], "--intrinsic-reward-scale 0", capsys, in_tmp)
+    check_refused(pex, [*words, source / f"{PEN}__rnd__1"], "--intrinsic-reward-scale was 0.5", capsys, in_tmp)
     check_refused(pex, [*words, run, "--expectile", 0.6], "--expectile was 0.8", capsys, in_tmp)
     check_refused(pex, [*words, run, "--hidden-dims", 8], "--hidden-dims was (16, 16)", capsys, in_tmp)
     check_refused(pex, [*words, run, "--dataset-id", "D4RL/pen/human-v2"], "sha256", capsys, in_tmp)
@@ -275,6 +406,20 @@ def test_init_from_a_run_of_another_script(source, in_tmp, capsys):
     config = json.loads((source / f"{PEN}__iql__1" / "config.json").read_text())
     (in_tmp / "other" / "config.json").write_text(json.dumps({**config, "script": "td3_rnd"}))
     check_refused(pex, ["--env-id", PEN, *SMALL, "--init-from", "other"], "td3_rnd", capsys, in_tmp)
+    del config["args"]["expectile"]
+    (in_tmp / "other" / "config.json").write_text(json.dumps(config))
+    check_refused(pex, ["--env-id", PEN, *SMALL, "--init-from", "other"], "expectile", capsys, in_tmp)
+
+
+def test_init_from_a_damaged_file(source, in_tmp, capsys):
+    shutil.copytree(source / f"{PEN}__iql__1", in_tmp / "damaged")
+    path = in_tmp / "damaged" / "pretrained.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    check_refused(pex, ["--env-id", PEN, *SMALL, "--init-from", "damaged"], "checksum", capsys, in_tmp)
+    path.unlink()
+    check_refused(pex, ["--env-id", PEN, *SMALL, "--init-from", "damaged"], "pretrained.pt", capsys, in_tmp)
 
 
 # === resume and errors ===
@@ -283,15 +428,15 @@ def test_init_from_a_run_of_another_script(source, in_tmp, capsys):
 def test_same_bytes_and_resume_after_sigkill(tiny, tmp_path):
     """Killed before and after the policy is expanded, and in the middle of the online phase."""
     tiny(PEN)
-    words = ["--env-id", PEN, *SMALL, "--offline-steps", 17, "--online-steps", 105, "--save-at", 70, "--log-every", 7,
+    words = ["--env-id", PEN, *SMALL, "--offline-steps", 17, "--online-steps", 205, "--save-at", 70, "--log-every", 7,
              "--learning-starts", 50]
-    # Checkpoints: pretraining 10, 17; online 100, 105. The second time it is killed, no online step is saved yet.
+    # Checkpoints: pretraining 10, 17; online 100, 200, 205. The second time it is killed, no online step is saved yet.
     moments = ["/pretrained.pt", "/policy_70.pt", ("/checkpoint.pt", 2)]
     check_determinism_and_resume(tmp_path, "pex.py", words, moments)
 
 
 @pytest.mark.parametrize(("words", "named"), [
-    (["--env-id", "door"], "did you mean door-binary-v0?"),
+    (["--env-id", "door"], "door-binary-v0"),
     (["--env-id", PEN, "--save-at", 10, "--online-steps", 9], "--save-at 10"),
     (["--env-id", PEN, "--offline-ratio", 1.5], "--offline-ratio"),
     (["--env-id", PEN, "--epsilon", -0.1], "--epsilon"),
@@ -315,11 +460,13 @@ def test_offline_settings_are_iql_oos(env_id):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="no C++ compiler")
-def test_compiled_update_equals_eager():
-    def build(args, buffer, device):
-        offline = pex.Agent(4, 2, (16, 16), 1e-2, device)
-        agent = pex.PEXAgent(4, 2, (16, 16), 1e-2, device, offline=offline)
-        update = pex.make_gradient_step(args, buffer, lambda batch, _: pex.pex_update(agent, batch, pex.Settings()))
-        return update, {"grad_step": 0}, {"agent": agent}
+@pytest.mark.parametrize("expanded", [False, True], ids=["iql", "pex"])
+def test_compiled_update_equals_eager(expanded):
+    def build(args, buffer):
+        if expanded:
+            agent = pex.PEXAgent(4, 2, (16, 16), 1e-2, CPU, -5.0, 10.0, 0.1)
+        else:
+            agent = pex.Agent(4, 2, (16, 16), 1e-2, CPU)
+        return [pex.make_update(args, buffer, agent)] * 4, {"agent": agent}
 
-    check_compiled(pex, build)
+    check_compiled(pex, pex.Args(dropout=0.2, q_reward_bounds=(-1.0, 5.0)), build)

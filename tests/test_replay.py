@@ -1,4 +1,4 @@
-"""The replay buffer: layout, growth, chunks on disk, memory check, and the choice of high-reward rows."""
+"""The replay buffer: layout, growth, rows as bytes and back, memory check, sampling, the choice of high-reward rows."""
 
 from types import SimpleNamespace
 
@@ -19,7 +19,7 @@ def rows(n, seed=0):
 
 
 def contents(buffer, start=0):
-    return {name: value.numpy() for name, value in buffer.split(buffer.data[start : buffer.size]).items()}
+    return {name: value.numpy()[start:] for name, value in buffer.first(buffer.size).items()}
 
 
 def equal(one, other):
@@ -28,28 +28,35 @@ def equal(one, other):
         np.testing.assert_array_equal(one[name], other[name], err_msg=name)
 
 
-def filled(offline, online, capacity):
-    """A buffer with offline rows and then online rows, added one by one."""
-    buffer, data = ooo.ReplayBuffer(SHAPES, capacity, CPU), rows(online, seed=1)
-    buffer.extend(rows(offline))
-    for i in range(online):
-        buffer.add(**{name: value[i] for name, value in data.items()})
-    return buffer
+def filled(offline, online, room):
+    """A buffer with offline rows and then online rows, added one by one; and those as bytes."""
+    buffer, data = ooo.ReplayBuffer(rows(offline), room, CPU), rows(online, seed=1)
+    saved = [buffer.add(**{name: value[i] for name, value in data.items()}) for i in range(online)]
+    return buffer, b"".join(saved)
 
 
-def test_extend_add_and_split():
-    buffer = filled(10, 5, 20)
+def test_offline_data_then_what_is_added():
+    buffer, _ = filled(10, 5, 10)
     want = {name: np.concatenate([rows(10)[name], rows(5, seed=1)[name]]) for name in SHAPES}
-    assert buffer.size == 15
+    assert (buffer.size, buffer.offline_size, buffer.width, buffer.obs_dim, buffer.act_dim) == (15, 10, 11, 3, 2)
     equal(contents(buffer), want)
     chosen = torch.tensor([14, 0, 14])
     batch = buffer.split(buffer.data[chosen])
     assert {name: tuple(value.shape) for name, value in batch.items()} == {n: (3, *s) for n, s in SHAPES.items()}
     equal({name: value.numpy() for name, value in batch.items()}, {n: v[chosen.numpy()] for n, v in want.items()})
+    equal({n: v.numpy() for n, v in buffer.first(12).items()}, {n: v[:12] for n, v in want.items()})
+
+
+@pytest.mark.parametrize(("n", "want"), [(2, 2), (5, 5), (1000, 5)])
+def test_the_last_are_online_rows_only(n, want):
+    buffer, _ = filled(10, 5, 10)
+    equal({name: value.numpy() for name, value in buffer.last(n).items()},
+          {name: value[5 - want :] for name, value in rows(5, seed=1).items()})
+    assert len(ooo.ReplayBuffer(rows(10), 10, CPU).last(n)["rewards"]) == 0
 
 
 def test_adding_copies_what_it_is_given():
-    buffer, data = ooo.ReplayBuffer(SHAPES, 2, CPU), {name: value[0] for name, value in rows(1).items()}
+    buffer, data = ooo.ReplayBuffer(rows(0), 2, CPU), {name: value[0] for name, value in rows(1).items()}
     buffer.add(**data)
     before = {name: value.copy() for name, value in contents(buffer).items()}
     buffer.add(**{name: value + 1 for name, value in data.items()})
@@ -57,105 +64,88 @@ def test_adding_copies_what_it_is_given():
 
 
 def test_numbers_of_python_and_booleans_are_stored():
-    buffer = ooo.ReplayBuffer(SHAPES, 1, CPU)
+    buffer = ooo.ReplayBuffer(rows(0), 1, CPU)
     buffer.add(observations=np.zeros(3), actions=np.zeros(2), rewards=-0.5, next_observations=np.ones(3),
                terminations=True, episodes=17)
     row = contents(buffer)
     assert (row["rewards"][0], row["terminations"][0], row["episodes"][0]) == (-0.5, 1.0, 17.0)
 
 
-def test_overflow_is_an_error():
-    """Append-only: nothing is ever overwritten."""
-    buffer = filled(10, 0, 12)
-    before = buffer.data[:10].clone()
-    with pytest.raises(IndexError):
-        buffer.extend(rows(3))
-    buffer.extend(rows(2))
-    with pytest.raises(IndexError):
-        buffer.add(**{name: value[0] for name, value in rows(1).items()})
-    assert torch.equal(buffer.data[:10], before)
+@pytest.mark.parametrize("n", [0, 1, 25])
+def test_rows_as_bytes_and_back(n):
+    """What add returns is what a run keeps of a transition: all of it, in float32."""
+    buffer, saved = filled(8, n, 40)
+    run = SimpleNamespace(rows=saved)
+    again = ooo.ReplayBuffer(rows(8), 40, CPU)
+    again.extend(ooo.Run.read_replay(run, again.width))
+    assert again.size == 8 + n and len(saved) == 4 * 11 * n
+    equal(contents(again), contents(buffer))
+    again.add(**{name: value[0] for name, value in rows(1).items()})  # it goes on
+    assert again.size == 9 + n
 
 
-@pytest.mark.parametrize("wanted", [25, 17, 10, 3, 0])
-def test_chunks(tmp_path, wanted):
-    """Also when the last chunk holds more than the checkpoint that counts."""
-    buffer = filled(8, 25, 40)
-    for start, stop in ((0, 10), (10, 25)):
-        buffer.save_chunk(tmp_path / "replay", 8, start, stop)
-    again = ooo.ReplayBuffer(SHAPES, 40, CPU)
-    again.extend(rows(8))
-    again.load_chunks(tmp_path / "replay", wanted)
-    assert again.size == 8 + wanted
-    equal(contents(again), {name: value[: 8 + wanted] for name, value in contents(buffer).items()})
-
-
-def test_a_chunk_is_plain_arrays(tmp_path):
-    filled(8, 5, 40).save_chunk(tmp_path, 8, 0, 5)
-    (path,) = tmp_path.iterdir()
-    with np.load(path, allow_pickle=False) as chunk:
-        equal({name: chunk[name] for name in chunk.files}, rows(5, seed=1))
-
-
-def test_saving_leaves_old_chunks_alone(tmp_path):
-    buffer = filled(8, 25, 40)
-    buffer.save_chunk(tmp_path, 8, 0, 10)
-    (first,) = tmp_path.iterdir()
-    was = first.stat()
-    buffer.save_chunk(tmp_path, 8, 10, 25)
-    now = first.stat()
-    assert (now.st_mtime_ns, now.st_ino, now.st_size) == (was.st_mtime_ns, was.st_ino, was.st_size)
-    assert len(list(tmp_path.iterdir())) == 2
-
-
-def one_line_error(capsys, stop):
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
-    return err
-
-
-@pytest.mark.parametrize("damage", ["missing", "first missing", "empty", "cut", "text", "field missing"])
-def test_damaged_chunks_are_an_error(tmp_path, capsys, damage):
-    buffer = filled(8, 30, 40)
-    for start in (0, 10, 20):
-        buffer.save_chunk(tmp_path, 8, start, start + 10)
-    paths = sorted(tmp_path.iterdir())
-    if damage == "missing":
-        paths[1].unlink()
-    elif damage == "first missing":
-        paths[0].unlink()
-    elif damage == "field missing":
-        with np.load(paths[1]) as chunk:
-            rest = {name: chunk[name] for name in chunk.files if name != "actions"}
-        np.savez(paths[1], **rest)
-    else:
-        content = paths[1].read_bytes()
-        paths[1].write_bytes({"empty": b"", "cut": content[: len(content) // 2], "text": b"not an archive"}[damage])
-    again = ooo.ReplayBuffer(SHAPES, 40, CPU)
-    with pytest.raises(SystemExit) as stop:
-        again.load_chunks(tmp_path, 30)
-    assert tmp_path.name in one_line_error(capsys, stop)
+def test_episode_numbers_go_on_after_the_data():
+    data = rows(4) | {"episodes": np.float32([0, 0, 7, 7])}
+    assert ooo.ReplayBuffer(data, 0, CPU).offline_episodes == 8
+    assert ooo.ReplayBuffer(rows(0), 5, CPU).offline_episodes == 0  # no offline data at all
 
 
 def test_memory_is_checked_before_it_is_taken(capsys, monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *args, **options: pytest.fail("allocated before the check"))
     monkeypatch.setattr(ooo.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**30))
     with pytest.raises(SystemExit) as stop:
-        ooo.ReplayBuffer(SHAPES, 2**26, CPU)  # 11 numbers of 4 bytes a row: 2.75 GiB
-    err = one_line_error(capsys, stop)
+        ooo.ReplayBuffer(rows(1), 2**26 - 1, CPU)  # 11 numbers of 4 bytes a row: 2.75 GiB
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
     assert "2.75 GiB" in err and "1.00 GiB" in err and "--online-steps" in err
+
+
+# === sampling ===
+
+
+def numbered(offline, online):
+    """A buffer whose rewards are the rows' numbers."""
+    data = rows(offline) | {"rewards": np.arange(offline, dtype=np.float32)}
+    buffer = ooo.ReplayBuffer(data, online + 10, CPU)  # with room left, that must not be drawn
+    buffer.data[buffer.size :] = -1.0
+    for i in range(online):
+        buffer.add(**{name: value[0] for name, value in rows(1).items()} | {"rewards": offline + i})
+    return buffer
+
+
+@pytest.mark.parametrize(("first", "stop"), [(None, 30), (20, 20), (25, 25)], ids=["all", "offline", "prefix"])
+def test_uniform_over_the_first_rows(first, stop):
+    buffer = numbered(20, 10)
+    torch.manual_seed(0)
+    drawn = torch.cat([buffer.split(buffer.sample(100, first))["rewards"] for _ in range(60)]).numpy()
+    counts = np.bincount(drawn.astype(int), minlength=30)
+    assert (counts[stop:] == 0).all() and drawn.min() == 0
+    assert np.abs(counts[:stop] - 6000 / stop).max() < 5 * np.sqrt(6000 / stop)
+    assert buffer.sample(7, first).shape == (7, 11)
+
+
+def test_extra_rows_come_from_the_high_ones():
+    buffer = numbered(20, 10)
+    high = torch.tensor([3, 17, 29])
+    torch.manual_seed(0)
+    batches = [buffer.split(buffer.sample(16, 20, high, 5))["rewards"].numpy() for _ in range(400)]
+    assert {len(batch) for batch in batches} == {16}
+    counts = np.bincount(np.concatenate([batch[-5:] for batch in batches]).astype(int), minlength=30)
+    assert set(np.flatnonzero(counts)) == {3, 17, 29} and counts[counts > 0].min() > 550
+    uniform = np.concatenate([batch[:-5] for batch in batches])
+    assert set(uniform) == set(range(20))
 
 
 # === high-reward rows ===
 
-
-def session(rewards, episodes, **args):
-    data = {**rows(len(rewards)), "rewards": np.float32(rewards), "episodes": np.float32(episodes)}
-    buffer = ooo.ReplayBuffer(SHAPES, len(rewards), CPU)
-    buffer.extend(data)
-    return SimpleNamespace(args=ooo.Args(**args), buffer=buffer, device=CPU)
-
-
 REWARDS, EPISODES = [0, 4, 1, 0, 3, 4, 0], [0, 0, 0, 1, 1, 2, 2]
+
+
+def high_rows(n, **args):
+    """Of the first n transitions."""
+    data = {**rows(7), "rewards": np.float32(REWARDS), "episodes": np.float32(EPISODES)}
+    found = ooo.high_reward_rows(ooo.Args(**args), ooo.ReplayBuffer(data, 0, CPU).first(n))
+    return torch.as_tensor(found).tolist()
 
 
 @pytest.mark.parametrize(
@@ -170,11 +160,10 @@ REWARDS, EPISODES = [0, 4, 1, 0, 3, 4, 0], [0, 0, 0, 1, 1, 2, 2]
     ],
 )
 def test_high_reward_rows(settings, n, want, capsys):
-    assert ooo.high_reward_rows(session(REWARDS, EPISODES, **settings), n).tolist() == want
+    assert high_rows(n, **settings) == want
     assert capsys.readouterr().out == ""
 
 
 def test_without_high_rewards_sampling_stays_uniform(capsys):
-    s = session(REWARDS, EPISODES, retrain_upsample=8, upsample_reward=5.0)
-    assert len(ooo.high_reward_rows(s, 7)) == 0
+    assert high_rows(7, retrain_upsample=8, upsample_reward=5.0) == []
     assert "uniform" in capsys.readouterr().out

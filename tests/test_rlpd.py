@@ -16,13 +16,12 @@ import torch
 from runner import Box
 from test_errors import refused
 from test_golden import GRADIENTS, INFOS, PARAMETERS, check_rnd_state, check_step, close, load, read, tensors
-from test_resume import check_equal, outcome
 from test_smoke import metrics
 
 import rlpd_ooo as ooo
 
 ANT, CHEETAH, PEN = "ant-sparse-v2", "halfcheetah-sparse-v2", "pen-binary-v0"
-CPU = torch.device("cpu")
+CPU, TASKS = torch.device("cpu"), dict(ooo.TASKS)
 # Networks and budgets that take a second; 5 random steps at the start.
 SMALL = """--hidden-dims 16 16 --rnd-hidden-dims 16 16 --batch-size 8 --utd-ratio 3 --num-qs 4 --eval-episodes 1
 --eval-every 10000 --log-every 10 --checkpoint-every 10 --online-steps 60 --learning-starts 5 --retrain-at 30 60
@@ -32,13 +31,20 @@ SMALL = """--hidden-dims 16 16 --rnd-hidden-dims 16 16 --batch-size 8 --utd-rati
 # === golden vectors ===
 
 
-def linears(network):
-    return [layer for layer in network if isinstance(layer, torch.nn.Linear)]
+def make_buffer(obs_dim=5, act_dim=2, offline=0, online=0):
+    """A buffer of which the first `offline` transitions are offline data; every number of a row is its index."""
+    shapes = dict(observations=(obs_dim,), actions=(act_dim,), rewards=(), next_observations=(obs_dim,),
+                  terminations=(), episodes=())
+    buffer = ooo.ReplayBuffer({name: np.zeros((offline, *shape), np.float32) for name, shape in shapes.items()},
+                              online, CPU)
+    buffer.data[:] = torch.arange(offline + online)[:, None]
+    buffer.size += online
+    return buffer
 
 
 def parameters(agent, rnd=None):
     """{golden name: (parameter, orientation)}; the actor's two heads are halves of its last layer."""
-    out, (*hidden, last) = {}, linears(agent.actor.net)
+    out, (*hidden, last) = {}, agent.actor.net.layers
     for i, layer in enumerate(hidden):
         out[f"actor.{i}.weight"], out[f"actor.{i}.bias"] = (layer.weight, None), (layer.bias, None)
     act_dim = len(last.bias) // 2
@@ -50,7 +56,7 @@ def parameters(agent, rnd=None):
         for i, (scale, shift) in enumerate(zip(critic.scales, critic.shifts, strict=True)):
             out[f"{prefix}.ln{i}.weight"], out[f"{prefix}.ln{i}.bias"] = (scale, "bias"), (shift, "bias")
     for prefix, network in [("rnd_predictor", rnd.predictor), ("rnd_target", rnd.target)] if rnd else ():
-        for i, layer in enumerate(linears(network)):
+        for i, layer in enumerate(network.layers):
             out[f"{prefix}.{i}.weight"], out[f"{prefix}.{i}.bias"] = (layer.weight, None), (layer.bias, None)
     out["log_temp"] = (agent.log_alpha, None)
     return out
@@ -61,25 +67,30 @@ def test_update_equals_the_authors(name):
     """Two whole updates of four critic steps: losses, gradients (of actor, alpha and RND), parameters, statistics."""
     data, hyper = read(name)
     args = ooo.Args(hidden_dims=hyper["hidden_dims"], rnd_hidden_dims=hyper["rnd_hidden_dims"] or (),
-                    rnd_learning_rate=hyper["rnd_lr"], rnd_update_proportion=hyper["rnd_update_proportion"])
-    agent = ooo.make_agent(args, hyper["obs_dim"], hyper["act_dim"], CPU, hyper["num_qs"], layer_norm=True)
-    rnd = ooo.make_rnd(args, hyper["obs_dim"], CPU, reward_before_step=True) if hyper["use_rnd"] else None
-    bounds = {} if hyper["min_q"] is None else dict(q_min=hyper["min_q"], q_max=hyper["max_q"])
-    settings = ooo.Settings(hyper["target_entropy"], hyper["discount"], hyper["tau"], hyper["num_min_qs"],
-                            hyper["backup_entropy"], hyper["intrinsic_reward_scale"], **bounds)
-    assert ooo.make_settings(args, hyper["act_dim"]).target_entropy == hyper["target_entropy"]
+                    rnd_learning_rate=hyper["rnd_lr"], num_qs=hyper["num_qs"])
+    buffer = make_buffer(hyper["obs_dim"], hyper["act_dim"])
+    agent = ooo.make_agent(args, buffer, CPU)
+    rnd = ooo.make_rnd(args, buffer, CPU) if hyper["use_rnd"] else None
+    options = dict(utd_ratio=hyper["utd_ratio"], gamma=hyper["discount"], tau=hyper["tau"],
+                   num_min_qs=hyper["num_min_qs"], backup_entropy=hyper["backup_entropy"],
+                   target_entropy=hyper["target_entropy"])
+    if hyper["min_q"] is not None:
+        options |= dict(q_min=hyper["min_q"], q_max=hyper["max_q"])
+    assert hyper["target_entropy"] == -hyper["act_dim"] / 2
     named = parameters(agent, rnd)
     load(data, named)
-    optimizers = [*agent.optimizers.values(), *([rnd.optimizer] if rnd else [])]
+    optimizers = [*agent.optimizers, *(rnd.optimizers if rnd else ())]
     for step in range(hyper["steps"]):
-        batch, noise, bonus = tensors(data, "batch/", step), tensors(data, "noise/", step), None
+        batch, noise, bonus = tensors(data, "batch/", step), tensors(data, "noise/", step), 0.0
         if rnd:
-            bonus, rnd_loss = rnd.update(batch["observations"], batch["next_observations"], noise["rnd_mask_uniform"])
-            close(bonus, data["rnd/intrinsic_reward"][step], PARAMETERS, f"intrinsic reward {step}")
+            rewards, rnd_loss = rnd.update(batch["observations"], batch["next_observations"],
+                                           hyper["rnd_update_proportion"], noise["rnd_mask_uniform"])
+            close(rewards, data["rnd/intrinsic_reward"][step], PARAMETERS, f"intrinsic reward {step}")
             close(rnd_loss, data["info/rnd_loss"][step], INFOS, f"rnd loss {step}")
+            bonus = hyper["intrinsic_reward_scale"] * rewards
         draws = {"next": noise["target_eps"].flatten(0, 1), "actor": noise["actor_eps"],
                  "members": noise["redq_indices"].long()}
-        losses = ooo.sac_update(agent, batch, settings, hyper["utd_ratio"], bonus, draws)
+        losses = ooo.sac_update(agent, batch, bonus, **options, noise=draws)
         for mine, its in {"critic": "critic_loss", "actor": "actor_loss", "alpha": "temperature_loss",
                           "q_mean": "q", "entropy": "entropy"}.items():
             close(losses[f"losses/{mine}"], data[f"info/{its}"][step], INFOS, f"step {step} {its}")
@@ -101,18 +112,31 @@ class CalqlHead(torch.nn.Linear):
         return torch.cat([mean, self.multiplier * log_std + self.offset], dim=-1)
 
 
+class NoStep:
+    """Stands for an optimiser: the step leaves the gradients where they are."""
+
+    def __init__(self, parameters):
+        self.parameters = list(parameters)
+
+    def zero_grad(self):
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def step(self):
+        pass
+
+
 def test_sac_losses_equal_the_authors():
     """The SAC inside the authors' Cal-QL (sac_no_cql): same losses, but taken at the same old parameters, each with its
     own noise, the actor against the smaller Q, alpha's gradient without the factor alpha, log_std with two scalars."""
     data, hyper = read("sac_no_cql")
     obs_dim, act_dim = hyper["obs_dim"], hyper["act_dim"]
     agent = ooo.Agent(obs_dim, act_dim, (32, 32), 0.0, CPU, num_qs=2, layer_norm=False)
-    head = agent.actor.net[-1] = CalqlHead(32, act_dim)
-    agent.critic, agent.critic_target = (ooo.Critic(obs_dim, act_dim, (32, 32, 32)) for _ in range(2))
-    settings = ooo.Settings(hyper["target_entropy"], hyper["discount"], hyper["soft_target_update_rate"])
+    head = agent.actor.net.layers[-1] = CalqlHead(32, act_dim)
+    agent.critic, agent.critic_target = (ooo.Critic(obs_dim, act_dim, (32, 32, 32), 2, False) for _ in range(2))
     named = {"log_alpha": agent.log_alpha, "policy.log_std_multiplier": head.multiplier,
              "policy.log_std_offset": head.offset}
-    for i, layer in enumerate(linears(agent.actor.net)):
+    for i, layer in enumerate(agent.actor.net.layers):
         named[f"policy.{i}.weight"], named[f"policy.{i}.bias"] = layer.weight, layer.bias
     members = {f"{prefix}qf{k + 1}.{i}.{part}": (parameter, k)
                for prefix, critic in (("", agent.critic), ("target_", agent.critic_target))
@@ -123,41 +147,51 @@ def test_sac_losses_equal_the_authors():
     for name, view in views.items():
         view.data.copy_(torch.from_numpy(data[f"step0/{name}"]))
     policy = [p for name, p in named.items() if name != "log_alpha"]
-    optimizers = {"policy": ooo.Adam([*policy, agent.log_alpha], hyper["policy_lr"]),
-                  "critic": ooo.Adam(agent.critic.parameters(), hyper["qf_lr"])}
-    smaller = SimpleNamespace(actor=agent.actor, log_alpha=agent.log_alpha,
-                              critic=lambda *inputs: agent.critic(*inputs).amin(0, keepdim=True))
+    adam = {"policy": torch.optim.Adam([*policy, agent.log_alpha], hyper["policy_lr"]),
+            "critic": torch.optim.Adam(agent.critic.parameters(), hyper["qf_lr"])}
+    agent.critic_optimizer, agent.actor_optimizer = (
+        NoStep(adam[name].param_groups[0]["params"]) for name in ("critic", "policy"))
+    smaller = SimpleNamespace(actor=agent.actor, log_alpha=agent.log_alpha, actor_optimizer=agent.actor_optimizer,
+                              critic=lambda *inputs, **how: agent.critic(*inputs, **how).amin(0, keepdim=True))
+    gamma = hyper["discount"]
 
-    def loss_of_critics(noise):
+    def gradients_of_critics(noise):
+        """And the loss, of the whole ensemble."""
         with torch.no_grad():
-            target = ooo.td_target(agent, batch, settings, *ooo.next_actions_of(agent, batch, settings, noise))
-        return ooo.critic_loss(agent, batch, target)[0]
+            next_actions, log_prob = agent.actor.sample(batch["next_observations"], noise)
+            entropy = -gamma * batch["masks"] * agent.log_alpha.exp() * log_prob
+        losses = ooo.critic_step(agent, batch | {"next_actions": next_actions, "extra": entropy}, None, gamma, 0.0,
+                                 -np.inf, np.inf)
+        return losses["losses/critic"], [p.grad for p in agent.critic.parameters()]
+
+    def gradients_of_policy(noise):
+        losses = ooo.actor_step(smaller, batch["observations"], noise, hyper["target_entropy"])
+        return losses, [p.grad for p in policy], agent.log_alpha.grad
 
     for step in range(hyper["steps"]):
         batch, noise = tensors(data, "batch/", step), tensors(data, "noise/", step)
         batch["masks"] = 1 - batch["dones"]
-        loss_pi, _ = ooo.actor_loss(smaller, batch["observations"], noise["policy.new_action_eps"])
-        gradients = list(torch.autograd.grad(loss_pi, policy))
-        reported, entropy = ooo.actor_loss(smaller, batch["observations"], noise["log_alpha.new_action_eps"])
-        loss_alpha = ooo.alpha_loss(agent, settings, entropy)
-        gradients.append(torch.autograd.grad(loss_alpha, [agent.log_alpha])[0] / agent.log_alpha.detach().exp())
-        close(reported, data["info/policy_loss"][step], INFOS, "policy loss")
-        close(-entropy, data["info/log_pi_mean"][step], INFOS, "log pi")
+        _, of_policy, _ = gradients_of_policy(noise["policy.new_action_eps"])
+        reported, _, of_alpha = gradients_of_policy(noise["log_alpha.new_action_eps"])
+        of_policy.append(of_alpha / agent.log_alpha.detach().exp())
+        close(reported["losses/actor"], data["info/policy_loss"][step], INFOS, "policy loss")
+        close(-reported["losses/entropy"], data["info/log_pi_mean"][step], INFOS, "log pi")
         both = sum(data[f"info/qf{k}_loss"][step] for k in (1, 2))
-        close(2 * loss_of_critics(noise["log_alpha.target_eps"]), both, INFOS, "critic loss")
-        # Each critic has its own target here, and the sum of two losses where sac_update has the mean.
-        one, two = (torch.autograd.grad(loss_of_critics(noise[f"qf{k}.target_eps"]), list(agent.critic.parameters()))
-                    for k in (1, 2))
+        close(2 * gradients_of_critics(noise["log_alpha.target_eps"])[0], both, INFOS, "critic loss")
+        # Each critic has its own target here, and the sum of two losses where critic_step has the mean.
+        one, two = (gradients_of_critics(noise[f"qf{k}.target_eps"])[1] for k in (1, 2))
         of_critics = [2 * torch.stack([a[0], b[1]]) for a, b in zip(one, two, strict=True)]
-        optimizers["policy"].apply(gradients)
-        optimizers["critic"].apply(of_critics)
-        agent.update_target(settings.tau)
+        for optimizer, gradients in ((adam["policy"], of_policy), (adam["critic"], of_critics)):
+            for parameter, gradient in zip(optimizer.param_groups[0]["params"], gradients, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+        agent.update_target(hyper["soft_target_update_rate"])
         for name, view in views.items():
             if f"step{step + 1}/{name}" in data:
                 close(view, data[f"step{step + 1}/{name}"], PARAMETERS, f"step {step + 1} {name}")
         if step == 0:
-            found = dict(zip((n for n in named if n != "log_alpha"), gradients, strict=False))
-            found["log_alpha"] = gradients[-1]
+            found = dict(zip((n for n in named if n != "log_alpha"), of_policy, strict=False))
+            found["log_alpha"] = of_policy[-1]
             by_id = {id(p): g for p, g in zip(agent.critic.parameters(), of_critics, strict=True)}
             for name, (p, k) in members.items():
                 if not name.startswith("target"):
@@ -217,12 +251,14 @@ def test_ensemble_members_are_separate_networks_with_layer_norm():
 
 def test_target_takes_the_smallest_of_a_random_two():
     agent, batch = make_agent(), make_batch(6)
-    settings = ooo.Settings(-1.0, gamma=0.9, backup_entropy=False)
-    next_actions, entropy_term = ooo.next_actions_of(agent, batch, settings, torch.randn(6, 2))
-    assert not entropy_term.any()
-    q = agent.critic_target(batch["next_observations"], next_actions)
-    target = ooo.td_target(agent, batch, settings, next_actions, entropy_term, torch.tensor([2, 0]))
-    torch.testing.assert_close(target, batch["rewards"] + 0.9 * batch["masks"] * torch.minimum(q[2], q[0]))
+    batch |= {"next_actions": torch.rand(6, 2), "extra": torch.randn(6)}
+    with torch.no_grad():
+        q_next = agent.critic_target(batch["next_observations"], batch["next_actions"])
+        q = agent.critic(batch["observations"], batch["actions"])
+    target = batch["rewards"] + 0.9 * batch["masks"] * torch.minimum(q_next[2], q_next[0]) + batch["extra"]
+    losses = ooo.critic_step(agent, batch, torch.tensor([2, 0]), 0.9, 0.005, -np.inf, np.inf)
+    torch.testing.assert_close(losses["losses/critic"], (q - target).square().mean())
+    torch.testing.assert_close(losses["losses/q_mean"], q.mean())
     # Two different ones for each critic step, every pair alike.
     members = ooo.draw_noise(3000, 1, 2, 4, 2, CPU)["members"]
     assert members.shape == (3000, 2) and (members[:, 0] != members[:, 1]).all()
@@ -232,22 +268,28 @@ def test_target_takes_the_smallest_of_a_random_two():
     assert noise["next"].shape == (12, 2) and noise["actor"].shape == (4, 2)
 
 
-def test_entropy_and_bonus_come_after_the_bounds():
-    agent, batch, noise = make_agent(), make_batch(6), torch.randn(6, 2)
-    settings = ooo.Settings(-1.0, gamma=0.9, intrinsic_reward_scale=2.0, q_min=-0.1, q_max=0.1)
-    next_actions, entropy_term = ooo.next_actions_of(agent, batch, settings, noise)
-    _, log_prob = agent.actor.sample(batch["next_observations"], noise)
-    torch.testing.assert_close(entropy_term, -0.9 * batch["masks"] * 0.3 * log_prob)
-    bonus = torch.rand(6) + 5
-    target = ooo.td_target(agent, batch, settings, next_actions, entropy_term, None, bonus)
-    clipped = target - entropy_term - 2 * bonus
-    assert clipped.min() > -0.1001 and clipped.max() < 0.1001 and clipped.std() > 0.01
+@pytest.mark.parametrize("backup_entropy", [True, False])
+def test_entropy_and_bonus_come_after_the_bounds(monkeypatch, backup_entropy):
+    """The bounds here leave no room: what a target is above 0.25 is entropy and bonus."""
+    agent, batch, bonus = make_agent(), make_batch(6), torch.rand(6) + 5
+    noise = ooo.draw_noise(2, 3, 2, 4, 2, CPU)
+    _, log_prob = agent.actor.sample(batch["next_observations"], noise["next"])
+    extra = bonus - 0.9 * batch["masks"] * 0.3 * log_prob.detach() * backup_entropy
+    with torch.no_grad():
+        q = agent.critic(batch["observations"][3:], batch["actions"][3:])
+    agent.critic_optimizer.param_groups[0]["lr"] = 0.0
+    losses = ooo.sac_update(agent, batch, bonus, utd_ratio=2, gamma=0.9, tau=0.0, target_entropy=-1.0,
+                            backup_entropy=backup_entropy, q_min=0.25, q_max=0.25, noise=noise)
+    torch.testing.assert_close(losses["losses/critic"], (q - 0.25 - extra[3:]).square().mean())
+
+
+OPTIONS = dict(gamma=0.99, tau=0.005, target_entropy=-1.0)
 
 
 @pytest.mark.parametrize(("target_entropy", "rises"), [(50.0, True), (-50.0, False)])
 def test_alpha_moves_toward_the_target_entropy(target_entropy, rises):
     agent, batch = make_agent(), make_batch(8)
-    losses = ooo.sac_update(agent, batch, ooo.Settings(target_entropy))
+    losses = ooo.sac_update(agent, batch, **OPTIONS | {"target_entropy": target_entropy})
     assert (losses["losses/alpha_value"] > 0.3) == rises
     assert losses["losses/alpha"].item() == pytest.approx(0.3 * (losses["losses/entropy"].item() - target_entropy))
 
@@ -255,27 +297,63 @@ def test_alpha_moves_toward_the_target_entropy(target_entropy, rises):
 def test_each_loss_moves_its_own_network_and_the_target_follows_every_critic_step():
     agent, batch = make_agent(), make_batch(12)
     before = {name: value.clone() for name, value in agent.state_dict().items()}
-    ooo.sac_update(agent, batch, ooo.Settings(-1.0, tau=1.0), utd_ratio=3)
+    ooo.sac_update(agent, batch, utd_ratio=3, **OPTIONS | {"tau": 1.0})
     after = agent.state_dict()
     assert not [name for name in before if torch.equal(before[name], after[name])]
-    assert {name: int(o.step) for name, o in agent.optimizers.items()} == {"critic": 3, "actor": 1, "alpha": 1}
+    steps = [{int(state["step"]) for state in optimizer.state.values()} for optimizer in agent.optimizers]
+    assert steps == [{3}, {1}]
     for name, value in agent.critic.state_dict().items():
         torch.testing.assert_close(agent.critic_target.state_dict()[name], value)
+    # The policy's loss leaves no gradient in the critics: theirs is of the last critic loss.
+    gradients = [p.grad.clone() for p in agent.critic.parameters()]
+    ooo.actor_step(agent, batch["observations"], torch.randn(12, 2), -1.0)
+    assert all(torch.equal(p.grad, g) for p, g in zip(agent.critic.parameters(), gradients, strict=True))
 
 
 def test_symmetric_sampling():
     """Every minibatch, not only the whole draw, has its share of offline rows; all rows are drawn alike."""
-    buffer = ooo.ReplayBuffer(dict(rewards=()), 50, CPU)
-    buffer.extend(dict(rewards=np.arange(40, dtype=np.float32)))
     torch.manual_seed(0)
-    rows = ooo.sample_symmetric(buffer, 10, 0.5, 300, 8).squeeze(-1).view(300, 8)
+    rows = ooo.sample_symmetric(make_buffer(offline=10, online=30), 300, 8, 0.5)[:, 0].view(300, 8)
     assert (rows[:, :4] < 10).all() and (rows[:, 4:] >= 10).all()
     counts = torch.bincount(rows.flatten().long(), minlength=40)
     assert counts[:10].min() > 80 and counts[10:].min() > 15 and len(counts) == 40
-    for offline_size, ratio, share in ((0, 0.5, 0.0), (10, 0.0, 0.0), (10, 0.25, 0.25)):
-        rows = ooo.sample_symmetric(buffer, offline_size, ratio, 5, 8).squeeze(-1)
-        offline = (rows < offline_size).float().mean().item()
-        assert rows.shape == (40,) and offline == share and (rows < 40).all()
+    for offline, ratio, share in ((0, 0.5, 0.0), (10, 0.0, 0.0), (10, 0.25, 0.25), (10, 1.0, 1.0)):
+        rows = ooo.sample_symmetric(make_buffer(offline=offline, online=30), 5, 8, ratio)[:, 0]
+        assert rows.shape == (40,) and (rows < offline).float().mean().item() == share and (rows < 40).all()
+
+
+def xavier(layer):
+    """Whether a matrix (in, out) or (out, in) looks drawn by xavier_uniform."""
+    bound = math.sqrt(6 / sum(layer.shape))
+    return 0.95 * bound < layer.abs().max() <= bound and abs(layer.std().item() * math.sqrt(3) / bound - 1) < 0.1
+
+
+def test_all_networks_are_initialised_as_rlpds():
+    buffer = make_buffer(30, 10)
+    agent = ooo.make_agent(ooo.Args(), buffer, CPU)
+    rnd = ooo.make_rnd(ooo.Args(), buffer, CPU)
+    matrices = [matrix for p in [*agent.parameters(), *rnd.parameters()] if p.ndim > 1 and p.shape[-2] > 1
+                for matrix in p.detach().view(-1, *p.shape[-2:])]
+    assert len(matrices) == 3 + 2 * 3 * 10 + 2 * 2 and all(xavier(matrix) for matrix in matrices)
+
+
+def test_rnd_pays_before_its_step_and_the_normaliser_has_two_forms():
+    """code: the variance of rewards already divided; paper: of the raw errors, this batch's included."""
+    for form in ("code", "paper"):
+        args, raw, paid = ooo.Args(rnd_hidden_dims=(16, 8), rnd_normalizer=form), [], []
+        torch.manual_seed(0)
+        rnd = ooo.make_rnd(args, make_buffer(), CPU)
+        for _ in range(3):
+            observations, following = torch.randn(2, 32, 5)
+            with torch.no_grad():
+                z = rnd.normalize(following)
+                raw.append((rnd.predictor(z) - rnd.target(z)).square().amax(-1))
+            divisor = rnd.reward_var.item() ** 0.5 if form == "code" else torch.cat(raw).std(correction=0).item()
+            rewards, _ = rnd.update(observations, following, 0.25)
+            torch.testing.assert_close(rewards, raw[-1] / divisor, rtol=1e-4, atol=1e-6)
+            paid.append(rewards)
+            want = torch.cat(paid if form == "code" else raw).std(correction=0).item()
+            assert rnd.reward_var.item() ** 0.5 == pytest.approx(want, rel=1e-3)
 
 
 # === sparse environments ===
@@ -340,7 +418,7 @@ def test_sparse_episode_has_1000_steps_whatever_happens(sparse, env_id):
 
 def test_metric_is_the_share_of_episodes_that_ever_pass(sparse, monkeypatch):
     """One step beyond the threshold counts; the return counts the steps."""
-    monkeypatch.setitem(ooo.ENVIRONMENTS, CHEETAH, replace(ooo.ENVIRONMENTS[CHEETAH], horizon=5))
+    monkeypatch.setitem(ooo.TASKS, CHEETAH, ooo.TASKS[CHEETAH]._replace(horizon=5))
     env = sparse(CHEETAH)
     played, reset = [0], env.reset
 
@@ -355,16 +433,14 @@ def test_metric_is_the_share_of_episodes_that_ever_pass(sparse, monkeypatch):
         return obs
 
     env.reset = reset_near
-    moves = iter([0] * 5 + [0] * 5 + [0] * 5)
-    episodes = ooo.evaluate(env, lambda obs: np.full(6, next(moves), np.float32), 3, seed=0)
+    still = SimpleNamespace(act=lambda obs: np.zeros(6, np.float32))
+    episodes, summary = ooo.evaluate(env, still, 3, seed=0)
     assert [e["success"] for e in episodes][:2] == [False, True] and episodes[1]["return"] == 5
-    summary = ooo.summarize(CHEETAH, episodes)
     assert summary["eval/normalized_score"] == pytest.approx(100 * summary["eval/success_rate"])
 
 
 def test_sparse_tasks_have_no_offline_data(sparse):
-    env = sparse(CHEETAH)
-    data, report = ooo.load_dataset(CHEETAH, env)
+    data, report = ooo.no_data(sparse(CHEETAH))
     assert {name: value.shape for name, value in data.items()} == dict(
         observations=(0, 17), actions=(0, 6), rewards=(0,), next_observations=(0, 17), terminations=(0,), episodes=(0,))
     assert report["transitions"] == 0
@@ -376,10 +452,9 @@ def test_sparse_tasks_have_no_offline_data(sparse):
 @pytest.fixture
 def session(in_tmp, monkeypatch):
     """session(*words) runs the script with short episodes; returns the table's rows."""
-    for env_id in (ANT, CHEETAH, PEN):
-        monkeypatch.setitem(ooo.ENVIRONMENTS, env_id, replace(ooo.ENVIRONMENTS[env_id], horizon=20))
-
     def run(*words):
+        for env_id in (ANT, CHEETAH, PEN):
+            monkeypatch.setitem(ooo.TASKS, env_id, TASKS[env_id]._replace(horizon=20))
         return ooo.main(ooo.parse_args([str(word) for word in words]))
 
     run.folder = in_tmp / "runs"
@@ -415,12 +490,13 @@ def test_all_phases(env_id, tiny, session, capsys):
     assert all(len(e["critic.weights.0"]) == 2 and "critic.scales.0" not in e for e in exploiters)
     assert not torch.equal(exploiters[0]["critic.weights.0"], exploiters[1]["critic.weights.0"])
     assert ("sampling stays uniform" in capsys.readouterr().out) == (env_id != PEN)
-    chunks = [np.load(path) for path in sorted((run / "replay").iterdir())]
-    assert sum(len(chunk["rewards"]) for chunk in chunks) == 60 and not any(c["terminations"].any() for c in chunks)
+    columns = json.loads((run / "config.json").read_text())["replay_columns"]
+    replay = np.fromfile(run / "replay.bin", np.float32).reshape(60, -1)
+    assert not replay[:, columns["terminations"][0]].any() and len(np.unique(replay[:, columns["episodes"][0]])) == 3
     # The saved policy, by itself
-    act, content = ooo.load_policy(run / "exploitation_60.pt")
-    action = act(np.ones(content["obs_dim"], np.float32))
-    assert action.shape == (content["act_dim"],) and np.abs(action).max() <= 1
+    agent = ooo.load_policy(run / "exploitation_60.pt")
+    action = agent.act(np.ones(agent.options["obs_dim"], np.float32))
+    assert action.shape == (agent.options["act_dim"],) and np.abs(action).max() <= 1
     if env_id == CHEETAH:
         (again,) = session("--exploit-only", run, "--retrain-at", 60, "--exp-name", "again")
         assert again == rows[1]
@@ -429,34 +505,40 @@ def test_all_phases(env_id, tiny, session, capsys):
 
 
 def test_plain_rlpd_and_what_the_retraining_samples(session, monkeypatch, capsys):
-    """Without RND; with successes (the goal lies at the start): 32 of 288 rows are high; no bounds, or [0, 100]."""
-    drawn, made, sample, make = [], [], ooo.ReplayBuffer.sample, ooo.make_update
+    """Without RND; with successes (the goal lies at the start): 32 of 288 rows are high; no bounds."""
+    drawn, made, sample, make = [], [], ooo.ReplayBuffer.sample, ooo.sac_update
 
     def watch(buffer, size, first, high, extra):
         drawn.append((size, first, extra))
-        assert (buffer.split(buffer.data[high])["rewards"] == 1).all()
+        assert not extra or (buffer.first(first)["rewards"][high] == 1).all()
         return sample(buffer, size, first, high, extra)
 
-    def watch_make(args, buffer, agent, settings, *rest):
-        made.append(settings)
-        return make(args, buffer, agent, settings, *rest)
+    def watch_update(agent, batch, bonus, **options):
+        made.append((len(agent.critic.weights[0]), bonus, options))
+        return make(agent, batch, bonus, **options)
 
     monkeypatch.setattr(ooo.ReplayBuffer, "sample", watch)
-    monkeypatch.setattr(ooo, "make_update", watch_make)
+    monkeypatch.setattr(ooo, "sac_update", watch_update)
     words = ["--env-id", CHEETAH, *SMALL, "--retrain-at", 30, "--online-steps", 30, "--retrain-steps", 2]
     rows = session(*words, "--intrinsic-reward-scale", 0, "--goal-x", -0.05, "--batch-size", 256)
     assert rows[0]["exploration"]["eval/success_rate"] == 1 and drawn == [(288, 30, 32)] * 2
-    explore, retrain = made
-    assert explore.intrinsic_reward_scale == retrain.intrinsic_reward_scale == 0 and explore.q_max == math.inf
-    assert (retrain.q_min, retrain.q_max) == (-math.inf, math.inf) and retrain.target_entropy == -3
+    explore, retrain = made[:25], made[25:]
+    assert len(retrain) == 2 and {qs for qs, _, _ in explore} == {4} and {qs for qs, _, _ in retrain} == {2}
+    for _, bonus, options in made:
+        assert bonus == 0 and (options["q_min"], options["q_max"]) == (-math.inf, math.inf)
+        assert options["target_entropy"] == -3
     run = session.folder / f"{CHEETAH}__rlpd_ooo__1"
     assert not list(run.glob("rnd_*")) and not any("losses/rnd" in r for r in metrics(run))
     drawn.clear(), made.clear()
     session("--exploit-only", run, "--exp-name", "other", "--retrain-upsample", 0, "--retrain-q-bounds",
             "--retrain-critics", 3, "--retrain-layer-norm")
-    assert drawn == [(256, 30, 0)] * 2 and (made[0].q_min, made[0].q_max) == (0, pytest.approx(100, rel=1e-4))
+    assert drawn == [(256, 30, 0)] * 2
+    assert (made[0][2]["q_min"], made[0][2]["q_max"]) == (0, pytest.approx(100))
     other = agent_of(session.folder / f"{CHEETAH}__other__1" / "exploitation_30.pt")
     assert len(other["critic.weights.0"]) == 3 and "critic.scales.0" in other
+    drawn.clear()
+    session("--exploit-only", run, "--exp-name", "half", "--retrain-upsample", 0.5)
+    assert drawn == [(512, 30, 256)] * 2  # half of a batch
     assert "no raw reward" not in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:
         session("--exploit-only", run, "--exp-name", "third", "--goal-x", 1)
@@ -471,6 +553,14 @@ def rlpd_box(tmp_path):
     box = Box(tmp_path, script="rlpd_ooo.py")
     yield box
     box.stop()
+
+
+def outcome(run):
+    """What two runs must have in common: all files but those that hold times, and the last checkpoint's networks."""
+    found = {path.name: path.read_bytes() for path in run.iterdir()
+             if path.name not in ("timing.jsonl", "config.json", ".lock", "checkpoint.pt")}
+    saved = torch.load(run / "checkpoint.pt", weights_only=True)
+    return found | {"progress": saved["progress"], "models": str(saved["models"])}
 
 
 RUN = ["--env-id", PEN, *SMALL, *"""--utd-ratio 2 --online-steps 110 --retrain-at 70 110 --log-every 7
@@ -490,7 +580,7 @@ def test_killed_and_resumed(tiny, rlpd_box):
         child = rlpd_box.run(*RUN, "--exp-name", "killed", "--resume", signal_at=(signal.SIGKILL, *moment))
         assert child.code == -signal.SIGKILL
     assert rlpd_box.run(*RUN, "--exp-name", "killed", "--resume").code == 0
-    check_equal(outcome(runs / f"{PEN}__killed__1"), whole)
+    assert outcome(runs / f"{PEN}__killed__1") == whole
 
 
 def test_sparse_task_killed_and_resumed(rlpd_box):
@@ -501,16 +591,18 @@ def test_sparse_task_killed_and_resumed(rlpd_box):
     killed = rlpd_box.run(*words, "--exp-name", "killed", signal_at=moment)
     assert killed.code == -signal.SIGKILL
     assert rlpd_box.run(*words, "--exp-name", "killed", "--resume").code == 0
-    check_equal(*(outcome(rlpd_box.work / "runs" / f"{CHEETAH}__{name}__1") for name in ("killed", "rlpd_ooo")))
+    one, other = (outcome(rlpd_box.work / "runs" / f"{CHEETAH}__{name}__1") for name in ("killed", "rlpd_ooo"))
+    assert one == other
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--env-id", "halfcheetah-sparse-v3"], "did you mean halfcheetah-sparse-v2?"),
+        (["--env-id", "halfcheetah-sparse-v3"], "halfcheetah-sparse-v2"),
         (["--env-id", PEN, "--goal-x", "3"], "--goal-x"),
         (["--env-id", CHEETAH, "--dataset-id", "D4RL/pen/human-v2"], "without offline data"),
         (["--env-id", CHEETAH, "--dataset-path", "x.npz"], "without offline data"),
+        (["--env-id", ANT, "--truncate-episodes", "9"], "without offline data"),
         (["--env-id", CHEETAH, "--retrain-upsample", "1"], "--retrain-upsample"),
         (["--env-id", PEN, "--offline-ratio", "1.5"], "--offline-ratio"),
         (["--env-id", CHEETAH, "--num-qs", "1"], "--num-qs"),
@@ -519,7 +611,7 @@ def test_sparse_task_killed_and_resumed(rlpd_box):
         (["--env-id", CHEETAH, "--init-alpha", "0"], "--init-alpha"),
         (["--env-id", CHEETAH, "--retrain-at", "2000000"], "--retrain-at"),
         (["--env-id", CHEETAH, "--cudagraphs", "--device", "cpu"], "--cudagraphs"),
-        (["--env-id", CHEETAH, "--online-steps", str(10**12)], "GiB"),
+        (["--env-id", CHEETAH, "--online-steps", str(10**10)], "GiB"),
         (["--eval-only", "nowhere"], "nowhere"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value[-2:]),
@@ -543,7 +635,8 @@ def test_settings_of_the_tasks():
     args = ooo.parse_args(["--env-id", ANT])
     assert args == replace(ooo.Args(), env_id=ANT)
     want = dict(online_steps=1_000_000, learning_starts=5_000, utd_ratio=20, batch_size=256, num_qs=10, num_min_qs=2,
-                intrinsic_reward_scale=10.0, retrain_steps=1_000_000, retrain_critics=2, retrain_q_bounds=False)
+                intrinsic_reward_scale=10.0, retrain_steps=1_000_000, retrain_critics=2, retrain_q_bounds=False,
+                retrain_upsample=1 / 9)
     assert want.items() <= asdict(args).items()
     small = ooo.parse_args(["--env-id", CHEETAH, "--scale", "0.01", "--utd-ratio", "2"])
     assert (small.online_steps, small.learning_starts, small.retrain_at[0], small.utd_ratio) == (10_000, 50, 2_500, 2)

@@ -115,8 +115,11 @@ def script_metadata(source):
 @each_script
 def test_script_metadata_agrees_with_requirements(script):
     table = script_metadata((ROOT / script).read_text())
-    assert table["requires-python"] == ">=3.11"
-    assert sorted(table["dependencies"]) == sorted(required_by_scripts())
+    assert table["requires-python"] == ">=3.11,<3.14"  # what the pins have wheels for
+    assert set(table["dependencies"]) <= set(required_by_scripts())
+    declared, installed = distributions(table["dependencies"]), metadata.packages_distributions()
+    names = imported_modules((ROOT / script).read_text()) - sys.stdlib_module_names
+    assert not {name for name in names if not declared & set(map(canonicalize_name, installed.get(name, [])))}
 
 
 @each_script
@@ -142,8 +145,39 @@ def test_task_settings_are_arguments(script):
     module = load(script)
     known = {field.name for field in fields(module.Args)}
     assert module.TASKS
-    for env_id, settings in module.TASKS.items():
-        assert settings.keys() <= known, env_id
+    for env_id, task in module.TASKS.items():
+        assert task.settings.keys() <= known, env_id
+
+
+@each_script
+def test_a_script_is_read_from_the_method_to_the_plumbing(script):
+    """The paper's update early, Algorithm 1 above the line below which nothing of the method is; short functions."""
+    source = (ROOT / script).read_text()
+    lines, tree = source.splitlines(), ast.parse(source)
+    (line,) = [number for number, text in enumerate(lines, 1) if text.startswith("# Below is plumbing")]
+    functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    assert functions["main"].lineno < line and functions["parse_args"].lineno > line
+    losses = ("_loss", "_losses", "_update", "_step")
+    first_loss = min(node.lineno for name, node in functions.items() if name.endswith(losses))
+    assert first_loss < 450 and max(map(len, lines)) <= 120
+    long = {name for name, node in functions.items() if node.end_lineno - node.lineno >= 62}
+    assert not long
+
+
+@each_script
+def test_no_function_is_handed_around(script):
+    """The method is straight loops over local names: no generators, no functions as arguments, no namespace objects."""
+    tree = ast.parse((ROOT / script).read_text())
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    (main,) = [node for node in functions if node.name == "main"]
+    names = {node.name for node in functions}
+    for function in functions:
+        for node in ast.walk(function) if function.lineno <= main.lineno else ():
+            assert not isinstance(node, ast.Lambda | ast.Yield | ast.YieldFrom), node.lineno
+            assert not (isinstance(node, ast.Name) and node.id == "SimpleNamespace"), node.lineno
+            if isinstance(node, ast.Call):
+                handed = {arg.id for arg in node.args if isinstance(arg, ast.Name)} & names
+                assert not handed - {"update"}, (node.lineno, handed)
 
 
 @each_script
@@ -202,15 +236,26 @@ def docstrings(source):
 
 
 def documented_commands():
-    """All (file, script, arguments) in README's code blocks and in the docstrings of the scripts, each once."""
-    readme = ROOT / "README.md"
-    texts = {"README.md": fenced_blocks(readme.read_text()) if readme.exists() else []}
+    """All (file, script, arguments) in the pages' code blocks and the scripts' docstrings, each once."""
+    texts = {path.name: fenced_blocks(path.read_text()) + TABLE_COMMAND.findall(path.read_text()) for path in PAGES}
     texts |= {script: docstrings((ROOT / script).read_text()) for script in SCRIPTS + TOOLS}
     found = [(file, *command) for file, parts in texts.items() for part in parts for command in commands_in(part)]
     return [command for number, command in enumerate(found) if command not in found[:number]]
 
 
+TABLE_COMMAND = re.compile(r"^\|[^`\n]*\| `(python [^`\n]*)`", flags=re.MULTILINE)
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 DOCUMENTED = documented_commands()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_readme_is_read_to_its_end():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
 
 
 def parse(script, arguments, monkeypatch):
@@ -219,7 +264,7 @@ def parse(script, arguments, monkeypatch):
     if script in TOOLS:
         return module.parse_args(arguments)
 
-    def read_config(run_dir, script):
+    def read_config(run_dir, scripts=()):
         # Run directories are called ENV_ID__EXP_NAME__SEED.
         env_id = Path(run_dir).name.split("__")[0]
         assert env_id in module.TASKS, f"{run_dir} is not named after a task"

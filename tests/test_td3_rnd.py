@@ -1,4 +1,4 @@
-"""td3_rnd.py: both variants' losses, the delayed policy, every task, resume and errors; see also test_golden.py.
+"""td3_rnd.py: both variants' losses, the authors' own updates, the delayed policy, every task, resume and errors.
 
 What td3_rnd.py shares with iql_ooo.py, byte for byte (test_shared_blocks.py), is tested there.
 """
@@ -6,7 +6,6 @@ What td3_rnd.py shares with iql_ooo.py, byte for byte (test_shared_blocks.py), i
 import copy
 import math
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,10 +17,13 @@ from baseline import (
     check_refused,
     check_scores,
     losses_of,
+    read_lines,
     run_directory,
     small_words,
 )
-from test_losses import ACT, BATCH, HIDDEN, OBS, array, close, forward, gradients, linears, make_batch, q_values
+from test_golden import INFOS, check_step, load, parameters, read, tensors
+from test_golden import close as near
+from test_losses import ACT, BATCH, CPU, HIDDEN, OBS, TD3, array, close, forward, linears, make_batch, q_values
 
 import td3_rnd
 
@@ -37,7 +39,7 @@ def session(monkeypatch, in_tmp):
 def make_agent(learning_rate=1e-2, **options):
     """Targets differ from their networks, so that a mix-up shows."""
     torch.manual_seed(0)
-    agent = td3_rnd.TD3Agent(OBS, ACT, HIDDEN, learning_rate, torch.device("cpu"), **options)
+    agent = td3_rnd.FujimotoAgent(OBS, ACT, HIDDEN, learning_rate, CPU, **options)
     with torch.no_grad():
         for target in (agent.critic_target, agent.actor_target):
             for parameter in target.parameters():
@@ -45,17 +47,50 @@ def make_agent(learning_rate=1e-2, **options):
     return agent
 
 
-# === losses ===
+# === the authors' TD3 ===
+
+
+@pytest.mark.parametrize("name", ["td3_plain", "td3_qbounds_intrinsic"])
+def test_golden(name):
+    """The value network, which the authors' code trains on the side, has no influence and is not here."""
+    data, hyper = read(name)
+    agent = td3_rnd.Agent(hyper["obs_dim"], hyper["act_dim"], hyper["hidden_dims"], hyper["actor_lr"], CPU)
+    named = parameters(agent)
+    load(data, named)
+    for step in range(hyper["steps"]):
+        batch = tensors(data, "batch/", step)
+        noise = torch.from_numpy(data["noise/action_eps"][step]).expand(2, -1, -1)
+        bonus = hyper["intrinsic_reward_scale"] * batch.pop("intrinsic_rewards", 0.0)
+        losses = td3_rnd.td3_update(agent, batch, bonus, gamma=hyper["discount"], tau=hyper["tau"], noise=noise)
+        for ours, theirs in {"losses/critic": "critic_loss", "losses/actor": "actor_loss"}.items():
+            near(losses[ours], data[f"info/{theirs}"][step], INFOS, f"step {step} {theirs}")
+        if step + 1 in hyper["snapshots"]:
+            assert check_step(data, named, agent.optimizers, step + 1) == len(named)
+    assert hyper["steps"] in hyper["snapshots"]
+
+
+def test_dropout_is_in_the_policy_loss_alone():
+    torch.manual_seed(0)
+    agent, batch = td3_rnd.Agent(OBS, ACT, HIDDEN, 1e-2, CPU), make_batch()
+    noise, losses = torch.randn(2, BATCH, ACT), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        losses.append(td3_rnd.td3_update(copy.deepcopy(agent), batch, dropout=0.5, noise=noise, **TD3))
+    assert losses[0]["losses/critic"] == losses[1]["losses/critic"]
+    assert losses[0]["losses/actor"] != losses[1]["losses/actor"]
+
+
+# === Fujimoto's TD3 ===
 
 
 @pytest.mark.parametrize("bonus", [False, True], ids=["plain", "bonus"])
 def test_fujimoto_update(bonus):
     """Target, both losses, who is moved by which, and the targets, from their definitions in numpy."""
     agent, batch = make_agent(), make_batch()
-    settings = td3_rnd.Settings(0.9, 0.1, 3.0, policy_noise=0.4, noise_clip=0.5)
-    noise, intrinsic = torch.randn(BATCH, ACT), torch.rand(BATCH) if bonus else None
+    noise, intrinsic = torch.randn(BATCH, ACT), 3.0 * torch.rand(BATCH) if bonus else torch.zeros(1)
     before = copy.deepcopy(agent)
-    losses = td3_rnd.fujimoto_update(agent, batch, settings, intrinsic, True, noise)
+    losses = td3_rnd.fujimoto_update(agent, batch, intrinsic, gamma=0.9, tau=0.1, policy_noise=0.4, noise_clip=0.5,
+                                     noise=noise)
     b = {name: array(value) for name, value in batch.items()}
 
     smoothing = np.minimum(np.maximum(0.4 * array(noise), -0.5), 0.5)
@@ -64,7 +99,7 @@ def test_fujimoto_update(bonus):
     assert (np.abs(following) > 1).any()  # the smoothed action is clipped, too
     following = torch.from_numpy(np.minimum(np.maximum(following, -1), 1))
     next_q = np.minimum(*q_values(before.critic_target, batch["next_observations"], following))
-    target = b["rewards"] + 0.9 * b["masks"] * next_q + (3.0 * array(intrinsic) if bonus else 0)
+    target = b["rewards"] + 0.9 * b["masks"] * next_q + array(intrinsic)
     q = q_values(before.critic, batch["observations"], batch["actions"])
     close(losses["losses/critic"], np.mean((q - target) ** 2))
     close(losses["losses/q_mean"], q.mean())
@@ -76,10 +111,11 @@ def test_fujimoto_update(bonus):
 
     critic_loss = (before.critic(batch["observations"], batch["actions"]) - torch.from_numpy(target).float()) ** 2
     actor_loss = -agent.critic(batch["observations"], before.actor(batch["observations"]).tanh())[0].mean()
-    for network, old, loss, name in [(agent.critic, before.critic, critic_loss.mean(), "critic"),
-                                     (agent.actor, before.actor, actor_loss, "actor")]:
+    for network, old, loss, optimizer in [(agent.critic, before.critic, critic_loss.mean(), agent.critic_optimizer),
+                                          (agent.actor, before.actor, actor_loss, agent.actor_optimizer)]:
         wanted = torch.autograd.grad(loss, list(old.parameters()))
-        for got, want in zip(gradients(network)(agent.optimizers[name]), map(array, wanted), strict=True):
+        for parameter, want in zip(network.parameters(), map(array, wanted), strict=True):
+            got = 10 * array(optimizer.state[parameter]["exp_avg"])  # after one step of Adam from nothing
             np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4 * np.abs(want).max())
     for now, was, source in [(agent.critic_target, before.critic_target, agent.critic),
                              (agent.actor_target, before.actor_target, agent.actor)]:
@@ -89,18 +125,16 @@ def test_fujimoto_update(bonus):
 
 def test_between_policy_steps_only_the_critics_learn():
     agent, batch = make_agent(), make_batch()
-    first = td3_rnd.fujimoto_update(agent, batch, td3_rnd.Settings())["losses/actor"]
     before = copy.deepcopy(agent.state_dict())
-    losses = td3_rnd.fujimoto_update(agent, batch, td3_rnd.Settings(), update_policy=False)
+    losses = td3_rnd.fujimoto_update(agent, batch, update_policy=False, **TD3)
     moved = {name.split(".")[0] for name, value in agent.state_dict().items() if not torch.equal(value, before[name])}
-    assert moved == {"critic"}
-    assert losses["losses/actor"] == first != 0  # the loss of the latest policy step
+    assert moved == {"critic"} and "losses/actor" not in losses
 
 
 def test_action_noise():
     agent, obs = make_agent(exploration_noise=0.3), np.ones(OBS, np.float32)
     mean = np.tanh(forward(*linears(agent.actor), obs[None]))[0]
-    close(agent.act(obs, sample=False), mean)
+    close(agent.act(obs), mean)
     torch.manual_seed(0)
     noise = torch.randn(ACT)
     torch.manual_seed(0)
@@ -111,7 +145,7 @@ def test_action_noise():
 def test_policy_delay_counts_gradient_steps(tiny, session, delay):
     tiny(PEN)
     asked = []
-    session.spy("fujimoto_update", lambda agent, batch, settings, bonus, policy: asked.append(policy))
+    session.spy("fujimoto_update", lambda *_, update_policy, **options: asked.append(update_policy))
     session.run("--env-id", PEN, *SMALL, "--online-steps", 12, "--save-at", "--variant", "fujimoto",
                 "--policy-delay", delay)
     assert asked == [(step % delay == 0) for step in range(1, 13)]
@@ -126,22 +160,22 @@ def test_every_task(env_id, variant, tiny, session):
     tiny(env_id)
     rows = session.run("--env-id", env_id, *SMALL, "--variant", variant, "--online-steps", 20, "--save-at", 10)
     run = run_directory(td3_rnd, env_id)
-    check_scores(td3_rnd, run, rows, [10, 20], session.agents[-1])
+    assert type(session.agents[0]) is {"official": td3_rnd.Agent, "fujimoto": td3_rnd.FujimotoAgent}[variant]
+    check_scores(td3_rnd, run, rows, [10, 20], session.agents[0])
     names = {"critic", "actor", "q_mean", "rnd"}
     for record in losses_of(run, "online"):
         assert {f"losses/{name}" for name in names} | {"rnd/online_mean"} <= record.keys()
         assert all(math.isfinite(value) for value in record.values() if not isinstance(value, str))
 
 
-def test_official_variant(tiny, session):
+def test_official_variant_has_the_tasks_policy(tiny, session):
     tiny(PEN)
     asked = []
-    session.spy("td3_update", lambda agent, *rest: asked.append(agent))
-    rows = session.run("--env-id", PEN, *SMALL, "--log-std-min", -2, "--online-steps", 40, "--save-at", 20)
-    assert len(asked) == 40 and asked[0].actor.squash and asked[0].actor.log_std_min == -2
-    kept = {layer.keep for layer in asked[0].actor.modules() if isinstance(layer, td3_rnd.Dropout)}
-    assert kept == {round(0.9 * 65536)}  # the task's dropout
-    check_scores(td3_rnd, run_directory(td3_rnd, PEN), rows, [20, 40], asked[0])
+    session.spy("td3_update", lambda agent, *_, **options: asked.append((agent, options["dropout"])))
+    session.run("--env-id", PEN, *SMALL, "--log-std-min", -2, "--online-steps", 40, "--save-at", 20)
+    assert len(asked) == 40 and {dropout for _, dropout in asked} == {0.1}
+    actor = asked[0][0].actor
+    assert actor.squash and actor.log_std_min == -2
 
 
 def test_without_the_bonus_there_is_no_rnd(tiny, session):
@@ -150,28 +184,42 @@ def test_without_the_bonus_there_is_no_rnd(tiny, session):
     assert all("losses/rnd" not in record for record in losses_of(run_directory(td3_rnd, PEN), "online"))
 
 
-def test_offline_data_is_in_the_buffer_from_the_first_step(tiny, session):
+def test_batches_are_of_offline_and_online_data(tiny, session):
+    """Offline data is in the buffer from the first step; pen's 5 offline episodes have the numbers 0 to 4."""
     tiny(PEN)
-    sizes = []
-    session.spy("log_evaluation", lambda s, *rest: sizes.append((s.offline_size, s.buffer.size, rest[:2])))
-    session.run("--env-id", PEN, *SMALL, "--online-steps", 20, "--save-at")
-    assert sizes[0] == (150, 150, ("online", 0)) and sizes[-1] == (150, 170, ("online", 20))
+    seen = []
+    session.spy("td3_update", lambda agent, batch, *_, **options: seen.append(batch["episodes"].clone()))
+    session.run("--env-id", PEN, *SMALL, "--online-steps", 60, "--save-at")
+    episodes = torch.cat(seen)
+    assert (seen[0] < 5).sum() > 8 and set(episodes.int().tolist()) == set(range(7))
+
+
+def test_evaluations_leave_no_trace_in_the_training(tiny, session):
+    tiny(PEN)
+    for name, every in (("often", 3), ("once", 1000)):
+        session.run("--env-id", PEN, *SMALL, "--online-steps", 20, "--save-at", "--exp-name", name, "--eval-every",
+                    every)
+    one, other = ([r for r in read_lines(f"runs/{PEN}__{name}__1/metrics.jsonl") if "losses/critic" in r]
+                  for name in ("often", "once"))
+    assert one == other
 
 
 @pytest.mark.parametrize("variant", ["official", "fujimoto"])
 def test_same_bytes_and_resume_after_sigkill(tiny, tmp_path, variant):
     tiny(PEN)
-    words = ["--env-id", PEN, *SMALL, "--variant", variant, "--online-steps", 105, "--save-at", 70, "--log-every", 7]
-    # Checkpoints at 100, with losses of two steps not yet logged, and at 105.
-    check_determinism_and_resume(tmp_path, "td3_rnd.py", words, ["/policy_70.pt", ("/checkpoint.pt", 2)])
+    words = ["--env-id", PEN, *SMALL, "--variant", variant, "--online-steps", 205, "--save-at", 170, "--log-every", 7]
+    # Checkpoints at 100, 200 and 205.
+    check_determinism_and_resume(tmp_path, "td3_rnd.py", words, ["/policy_170.pt", ("/checkpoint.pt", 2)])
 
 
 @pytest.mark.parametrize(("words", "named"), [
-    (["--env-id", "pen-binary-v1"], "did you mean pen-binary-v0?"),
+    (["--env-id", "pen-binary-v1"], "pen-binary-v0"),
     (["--env-id", PEN, "--save-at", 10, "--online-steps", 9], "--save-at 10"),
     (["--env-id", PEN, "--save-at", 9, 8], "--save-at must rise"),
+    (["--env-id", PEN, "--online-steps", 0, "--save-at"], "--online-steps"),
     (["--env-id", PEN, "--policy-delay", 0], "--policy-delay"),
     (["--env-id", PEN, "--noise-clip", -1], "--noise-clip"),
+    (["--env-id", PEN, "--policy-noise", "nan"], "--policy-noise"),
     (["--env-id", PEN, "--device", "cuda:97"], "cuda:97"),
     (["--env-id", PEN, "--dataset-id", "mine/none-v0"], "mine/none-v0"),
     (["--eval-only", "missing"], "missing"),
@@ -182,15 +230,18 @@ def test_bad_input(tiny, in_tmp, capsys, words, named):
 
 
 def test_task_rows():
-    want = {"pen-binary-v0": (0.5, 0.0, None, 1_000_000), "kitchen-mixed-v0": (10.0, -4.0, 4.0, 4_000_000),
-            "antmaze-goal-missing-large-v2": (10.0, -1.0, None, 1_500_000),
-            "maze2d-missing-data-large-v1": (10.0, -1.0, None, 500_000),
-            "hammer-truncated-expert-v1": (0.5, 0.0, None, 500_000)}
+    want = {"pen-binary-v0": (0.5, 0.0, None, 0.1, -5.0, 1_000_000),
+            "kitchen-mixed-v0": (10.0, -4.0, 4.0, 0.1, -5.0, 4_000_000),
+            "antmaze-goal-missing-large-v2": (10.0, -1.0, None, 0.0, -5.0, 1_500_000),
+            "maze2d-missing-data-large-v1": (10.0, -1.0, None, 0.0, -5.0, 500_000),
+            "hammer-truncated-expert-v1": (0.5, 0.0, None, 0.0, -2.0, 500_000)}
     for env_id, row in want.items():
         args = td3_rnd.parse_args(["--env-id", env_id])
-        assert (args.intrinsic_reward_scale, args.reward_bias, args.mask_reward, args.online_steps) == row
+        assert args.variant == "official"
+        assert (args.intrinsic_reward_scale, args.reward_bias, args.mask_reward, args.dropout, args.log_std_min,
+                args.online_steps) == row
     assert (args.policy_noise, args.noise_clip, args.policy_delay, args.exploration_noise) == (0.2, 0.5, 2, 0.1)
-    assert len(td3_rnd.TASKS) == 9 and args.truncate_episodes == 20
+    assert args.truncate_episodes == 20
 
 
 @pytest.mark.slow
@@ -199,11 +250,10 @@ def test_task_rows():
 @pytest.mark.parametrize("normalizer", ["code", "paper"])
 def test_compiled_update_equals_eager(variant, normalizer):
     """All graphs (two of the delayed update), with RND's, over the same rows and random numbers, with dropout."""
-    def build(args, buffer, device):
-        options = dict(dropout=0.2) if variant == "official" else {}
-        agent = td3_rnd.make_agent(variant, 4, 2, (16, 16), 1e-2, device, **options)
-        rnd = td3_rnd.make_rnd(args, 4, device)
-        s = SimpleNamespace(args=args, buffer=buffer, explorer=agent, rnd=rnd, progress={"grad_step": 0})
-        return td3_rnd.make_update(s), s.progress, {"agent": agent, "rnd": rnd}
+    def build(args, buffer):
+        agent = (td3_rnd.Agent if variant == "official" else td3_rnd.FujimotoAgent)(4, 2, (16, 16), 1e-2, CPU)
+        rnd = td3_rnd.RND(4, (24, 16), 1e-4, CPU, "max", normalizer)
+        both, critics = (td3_rnd.make_update(args, buffer, agent, rnd, policy) for policy in (True, False))
+        return [critics, both, critics, both], {"agent": agent, "rnd": rnd}
 
-    check_compiled(td3_rnd, build, rnd_hidden_dims=(24, 16), variant=variant, rnd_normalizer=normalizer)
+    check_compiled(td3_rnd, td3_rnd.Args(variant=variant, dropout=0.2), build)

@@ -1,12 +1,12 @@
-"""Collect an offline dataset on PointMaze_Large-v3 and store it with Minari.
+"""Collect an offline dataset on one of the PointMaze environments and store it with Minari.
 
 The recipe is D4RL's for maze2d: a waypoint PD controller (p 10, d -1) walks along shortest paths to random goals,
 with Gaussian noise of standard deviation 0.5 on its actions. The task continues: an episode is truncated at its goal
-or after 800 steps, and the next one starts in the state where it stopped, with a new goal. Only the first row of the
-dataset follows a reset of the environment.
+or at the maze's horizon, and the next one starts in the state where it stopped, with a new goal. Only the first row of
+the dataset follows a reset of the environment.
 
     python tools/collect_pointmaze.py
-    python tools/collect_pointmaze.py --steps 20000 --seed 1 --dataset-id ooo/pointmaze/large-small-v0
+    python tools/collect_pointmaze.py --maze UMaze --steps 20000 --seed 1 --dataset-id ooo/pointmaze/umaze-small-v0
 
 The data goes to the local Minari store: the folder named by MINARI_DATASETS_PATH, else ~/.minari/datasets. It is
 written to a hidden folder of the store first and renamed when complete, so that an interrupted run leaves no dataset.
@@ -15,6 +15,7 @@ Only a kill that cannot be caught leaves that hidden folder (.collect_*) behind;
 
 import contextlib
 import importlib.metadata
+import io
 import math
 import os
 import shutil
@@ -26,6 +27,7 @@ import warnings
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import gymnasium as gym
 import minari
@@ -37,23 +39,28 @@ from minari.namespace import create_namespace, list_local_namespaces
 from minari.storage import get_dataset_path
 from tqdm import tqdm
 
-ENV_ID = "PointMaze_Large-v3"
-MAX_EPISODE_STEPS = 800  # environment steps
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from reproduce import run_main  # noqa: E402
+
+MAX_EPISODE_STEPS = {"UMaze": 300, "Medium": 600, "Large": 800}  # environment steps, D4RL's
 P_GAIN, D_GAIN = 10.0, -1.0  # force per metre of distance to the waypoint, force per m/s of velocity
 ACTION_NOISE = 0.5  # standard deviation, in units of the action range [-1, 1]
 REACHED = 0.1  # metres; a waypoint this close counts as passed
 JITTER = 0.1  # metres; waypoints are this far off their cell's centre, so that paths do not share one thin line
+BYTES_PER_STEP = 200  # of the stored data; 184 were measured
 WALL = 1  # value of a wall cell in the maze map
 
 
 @dataclass
 class Args:
+    maze: Literal["UMaze", "Medium", "Large"] = "Large"
+    """The data are of PointMaze_<maze>-v3."""
     steps: int = 500_000
     """Environment steps to record; exactly this many, the last episode is cut short."""
     seed: int = 0
     """Seed of the environment (start and goals) and of the action noise."""
-    dataset_id: str = "ooo/pointmaze/large-v0"
-    """Minari id to store the data under. Ids of the published data (D4RL/...) are refused."""
+    dataset_id: str = ""
+    """Minari id to store the data under (default: ooo/pointmaze/<maze>-v0). Those of the published data are refused."""
     overwrite: bool = False
     """Replace a dataset of that id instead of keeping it."""
 
@@ -152,7 +159,14 @@ def record_episode(env, obs, seed, controller, max_steps):
     return episode, obs
 
 
-def collect(env, steps, seed):
+def make_maze(maze, **options):
+    import gymnasium_robotics
+
+    gym.register_envs(gymnasium_robotics)
+    return gym.make(f"PointMaze_{maze}-v3", continuing_task=True, max_episode_steps=MAX_EPISODE_STEPS[maze], **options)
+
+
+def collect(env, horizon, steps, seed):
     """Episodes with `steps` environment steps in all, as a list of EpisodeBuffer."""
     env = env.unwrapped  # the wrapper's time limit counts from the only reset, not from the start of an episode
     controller = WaypointController(env.maze, np.random.default_rng(seed))
@@ -160,7 +174,7 @@ def collect(env, steps, seed):
     episodes, left, episode_seed = [], steps, seed
     with tqdm(total=steps, desc="collect", unit="step", unit_scale=True, mininterval=1.0) as bar:
         while left:
-            episode, obs = record_episode(env, obs, episode_seed, controller, min(MAX_EPISODE_STEPS, left))
+            episode, obs = record_episode(env, obs, episode_seed, controller, min(horizon, left))
             if not episode.infos["success"][-1]:  # at a goal the environment itself draws the next one
                 env.goal = env.add_xy_position_noise(env.generate_target_goal())
                 env.update_target_site_pos()
@@ -195,7 +209,7 @@ def store(args, env, episodes):
         # Minari names the folder after the id, and the id is part of the metadata: so build in a store of its own.
         with minari_root(hidden), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*(code_permalink|author_email).*", category=UserWarning)
-            eval_env = gym.make(ENV_ID, continuing_task=True, reset_target=False, max_episode_steps=MAX_EPISODE_STEPS)
+            eval_env = make_maze(args.maze, reset_target=False)
             minari.create_dataset_from_buffers(
                 args.dataset_id,
                 episodes,
@@ -203,9 +217,10 @@ def store(args, env, episodes):
                 eval_env=eval_env,
                 algorithm_name="waypoint PD controller with action noise",
                 author="tools/collect_pointmaze.py",
-                description="D4RL's maze2d recipe on PointMaze_Large-v3: PD controller (p 10, d -1) along shortest "
-                "paths to random goals, Gaussian action noise 0.5. Continuing task: an episode is truncated at its "
-                f"goal or after {MAX_EPISODE_STEPS} steps and the next starts where it stopped. Seed {args.seed}.",
+                description=f"D4RL's maze2d recipe on PointMaze_{args.maze}-v3: PD controller (p 10, d -1) along "
+                "shortest paths to random goals, Gaussian action noise 0.5. Continuing task: an episode is truncated "
+                f"at its goal or after {MAX_EPISODE_STEPS[args.maze]} steps and the next starts where it stopped. Seed "
+                f"{args.seed}.",
                 requirements=versions,
             )
             built = get_dataset_path(args.dataset_id)
@@ -228,9 +243,20 @@ def refusal(args):
         parse_dataset_id(args.dataset_id)
     except (ValueError, TypeError):  # TypeError: no version at the end
         return f"{args.dataset_id}: not a Minari id such as namespace/name-v0"
-    if args.steps < 1:
-        return f"--steps must be at least 1, not {args.steps}"
-    path = get_dataset_path(args.dataset_id)
+    for name, low, high in (("steps", 1, 10**9), ("seed", 0, 2**32 - 1)):
+        if not low <= getattr(args, name) <= high:
+            return f"--{name} {getattr(args, name)} must be from {low} to {high}"
+    store = os.environ.get("MINARI_DATASETS_PATH", "the Minari store")
+    try:
+        path = get_dataset_path(args.dataset_id)
+        with tempfile.TemporaryFile(dir=get_dataset_path(), buffering=0) as file:
+            file.write(b"x")
+    except OSError as error:
+        return f"nothing can be written to {store} ({error.strerror}); set MINARI_DATASETS_PATH to another folder"
+    # HDF5 crashes the process when a disk fills up, so look before.
+    need, free = BYTES_PER_STEP * args.steps + 2**20, shutil.disk_usage(get_dataset_path()).free
+    if free < need:
+        return f"{store} has {free / 2**20:.1f} MiB free, {need / 2**20:.1f} are needed; make room, or lower --steps"
     if path.exists() and not is_stored(args) and not args.overwrite:
         return f"{path} exists but holds no readable dataset; --overwrite replaces it"
     return None
@@ -245,6 +271,9 @@ def is_stored(args):
 
 
 def main(args):
+    args.dataset_id = args.dataset_id or f"ooo/pointmaze/{args.maze.lower()}-v0"
+    if root := os.environ.get("MINARI_DATASETS_PATH"):
+        os.environ["MINARI_DATASETS_PATH"] = os.path.expanduser(root)
     if reason := refusal(args):
         print(f"collect_pointmaze: {reason}", file=sys.stderr)
         return 2
@@ -253,12 +282,10 @@ def main(args):
         return 0
     # Make a polite kill clean up like Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    import gymnasium_robotics  # here, because it prints a notice about other environments when imported
-
-    gym.register_envs(gymnasium_robotics)
     start = time.time()
-    env = gym.make(ENV_ID, continuing_task=True, reset_target=True, max_episode_steps=MAX_EPISODE_STEPS)
-    episodes = collect(env, args.steps, args.seed)
+    with contextlib.redirect_stderr(io.StringIO()):  # the package prints a notice about other environments
+        env = make_maze(args.maze, reset_target=True)
+    episodes = collect(env, MAX_EPISODE_STEPS[args.maze], args.steps, args.seed)
     path = store(args, env, episodes)
     env.close()
     reached = sum(bool(episode.infos["success"][-1]) for episode in episodes)
@@ -270,4 +297,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Args, description=__doc__)))
+    run_main(lambda: sys.exit(main(tyro.cli(Args, description=__doc__))))

@@ -1,22 +1,27 @@
-"""Draw a run: learning curves, intrinsic reward and, in the mazes, where data and policies went.
+"""Draw a run of any script: learning curves, intrinsic reward and, in the mazes, where data and policies went.
 
     python tools/plot_run.py runs/maze2d-missing-data-large-v1__iql_ooo__1              # writes figure.png in the run
     python tools/plot_run.py runs/pen-binary-v0__*__* --out pen.png                     # compares several runs
+    python tools/plot_run.py runs/point-mass-wall__pointmass_didactic__1 --out way.png  # by bonus coefficient
 
 One run: the exploration policy's normalised score (steps before 0 are pretraining), each exploitation policy's score
 during its retraining, the intrinsic reward of the last 1000 online steps, and for the mazes the offline data, the
 online visits, and trajectories of the saved policies, rolled out here from the same start states (antmaze draws a goal
-for each episode; their mean is shown). Shaded: standard error over the episodes of an evaluation. The data panel needs
-the offline data; without it, the panel says so.
+for each episode; their mean is shown). td3_rnd.py and pex.py have one policy only. Shaded: standard error over the
+episodes of an evaluation. The data panel needs the offline data; without it, the panel says so. Of the point mass:
+the share of episodes that reach the goal, and that go under the wall, of each policy and seed.
 
 Several runs: a row for each task. Colour is the experiment (--exp-name), every seed has its own line, stars are
-exploitation policies; on the right both policies at the last retraining time, a line joining those of one seed.
+exploitation policies; on the right the last policies, a line joining exploration and exploitation of one seed.
 """
 
 import importlib
+import inspect
 import io
 import json
+import os
 import sys
+import zipfile
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,19 +30,23 @@ from typing import Annotated
 
 import matplotlib
 import numpy as np
-import torch
 import tyro
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle, Patch, Rectangle
 from matplotlib.ticker import EngFormatter
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import iql_ooo  # noqa: E402
+from reproduce import ALGORITHMS, check_ranges, fail, output_folder, read_records, run_main, write_whole  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+SCRIPTS = {Path(algorithm.script).stem for algorithm in ALGORITHMS.values()}
+BASELINES = {"td3_rnd", "pex"}  # one policy, no retraining
+# Settings that not every script has.
+ABSENT = dict(offline_steps=0, retrain_at=[], exploit_only="", remove_discs=[], save_at=[])
 EXPLORE, EXPLOIT, REACHED, MISSED = "#0072B2", "#D55E00", "#009E73", "#B0527A"  # readable for colour-blind eyes too
 GROUPS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B")
 STYLE = {
@@ -59,34 +68,76 @@ class Args:
 
 
 # === reading a run ===
-def read_lines(path):
-    """Records of a .jsonl file; a last line that a killed run left unfinished is left out."""
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
-
-
 def open_run(folder):
     """A run directory as a namespace: path, script (module), args, config, metrics and errors, the standard error of
     each evaluation by (phase, env_step, grad_step). Exit 2 if it is not a run, or if it has no evaluation."""
-    config, path = iql_ooo.read_config(folder, iql_ooo.SCRIPT), Path(folder)
-    if config.get("script") not in {file.stem for file in ROOT.glob("*.py")}:
-        iql_ooo.fail(f"{folder} was written by {config.get('script')!r}, no script of this repository")
-    script, args = importlib.import_module(config["script"]), SimpleNamespace(**config["args"])
-    metrics = read_lines(path / "metrics.jsonl")
-    if not any("eval/normalized_score" in record for record in metrics):
-        iql_ooo.fail(f"{folder} has no evaluation in metrics.jsonl yet; nothing to draw")
-    task, errors = script.ENVIRONMENTS[args.env_id], {}
-    for record in read_lines(path / "evals.jsonl"):
-        scores = [script.normalized_score(task, episode) for episode in record["episodes"]]
-        errors[record["phase"], record["env_step"], record["grad_step"]] = np.std(scores) / len(scores) ** 0.5
-    return SimpleNamespace(path=path, script=script, args=args, config=config, metrics=metrics, errors=errors)
+    path = Path(folder)
+    try:
+        config = json.loads((path / "config.json").read_text())
+        if config["script"] not in SCRIPTS:
+            raise ValueError(f"written by {config['script']!r}, no script of this repository")
+        args = SimpleNamespace(**ABSENT | config["args"])
+        metrics, episodes = read_records(path / "metrics.jsonl"), path / "evals.jsonl"
+        places = [(record["phase"], record["env_step"], record["grad_step"]) for record in metrics]
+        script, errors = importlib.import_module(config["script"]), {}
+        if config["script"] != "pointmass_didactic":
+            for record in read_records(episodes) if episodes.exists() else ():
+                scores = [episode_score(script, args.env_id, episode) for episode in record["episodes"]]
+                errors[record["phase"], record["env_step"], record["grad_step"]] = np.std(scores) / len(scores) ** 0.5
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        fail(f"{folder} is not a readable run ({type(error).__name__}: {error}); give the folder of a run")
+    if not places or not any("eval/success_rate" in record for record in metrics):
+        fail(f"{folder} has no evaluation in metrics.jsonl yet; nothing to draw")
+    return SimpleNamespace(path=path, script=script, args=args, config=config, metrics=metrics, errors=errors,
+                           baseline=config["script"] in BASELINES)
 
 
+# === what this takes from the scripts ===
+# Each twice: as the scripts that write a run_id have it, and as the others do.
+def episode_score(script, env_id, episode):
+    if hasattr(script, "normalized_score"):
+        return script.normalized_score(script.ENVIRONMENTS[env_id], episode)
+    key, low, high = script.TASKS[env_id].score
+    return 100 * (episode[key] - low) / (high - low)
+
+
+def maze_of(script, env_id):
+    """(environment, position of the goal, its radius) of a maze task, else None."""
+    if not env_id.startswith(("maze2d", "antmaze")):
+        return None
+    env = script.make_env(env_id)
+    goal = env.center if hasattr(env, "center") else env.task.goal
+    return env, np.add(goal, script.ANTMAZE_DATA_GOAL_OFFSET if "antmaze" in env_id else 0), script.GOAL_RADIUS
+
+
+def load_dataset(script, a, env, seed):
+    """The offline data of settings a, and its report; SystemExit, its reason on stderr, where it is not there."""
+    if "args" in inspect.signature(script.load_dataset).parameters:
+        return script.load_dataset(a, env, seed)
+    return script.load_dataset(
+        a.env_id, env, dataset_ids=tuple(a.dataset_id), dataset_path=a.dataset_path, seed=seed,
+        truncate_episodes=a.truncate_episodes, data_subset=a.data_subset,
+        remove_discs=[tuple(disc) for disc in a.remove_discs])
+
+
+def roll_out(run, env, file, episodes):
+    """Episodes of a saved policy as evaluate's dicts, each with its path (length, 2). The seed is that of --eval-only:
+    start states that training has not used."""
+    policy, positions = run.script.load_policy(file), []
+    act = policy[0] if isinstance(policy, tuple) else policy.act
+
+    def act_and_record(obs):
+        positions.append(obs[:2].copy())
+        return act(obs)
+
+    agent = act_and_record if isinstance(policy, tuple) else SimpleNamespace(act=act_and_record)
+    results = run.script.evaluate(env, agent, episodes, run.script.derive_seed(run.args.seed, "eval-only"))
+    results = results[0] if isinstance(results, tuple) else results
+    paths = np.split(np.array(positions), np.cumsum([episode["length"] for episode in results])[:-1])
+    return [episode | {"path": path} for path, episode in zip(paths, results, strict=True)]
+
+
+# === curves ===
 def evaluations(run, *phases, env_step=None):
     """Evaluations of some phases: x (n,), normalised score (n,), its standard error (n,). x: environment steps, before
     0 for pretraining; gradient steps for retraining."""
@@ -112,10 +163,17 @@ def explorer_of(run):
     return open_run(run.args.exploit_only) if (Path(run.args.exploit_only) / "config.json").exists() else None
 
 
-# === one run: curves ===
+# === one run: its panels ===
 def draw_curve(ax, x, score, error, color, **style):
     ax.plot(x, score, color=color, marker="o", markersize=2.5, linewidth=1.4, **style)
     ax.fill_between(x, score - error, score + error, color=color, alpha=0.15, linewidth=0)
+
+
+def draw_mean(ax, lines, color, **style):
+    """The mean of lines {x: y} at the x that all of them have."""
+    common = sorted(set.intersection(*map(set, lines)))
+    if len(lines) > 1 and common:
+        ax.plot(common, [np.mean([line[x] for line in lines]) for x in common], color=color, linewidth=2, **style)
 
 
 def score_axis(ax):
@@ -138,14 +196,14 @@ def draw_exploration(ax, run, explorer):
     """Exploration score against environment steps, and where each exploitation policy ended."""
     if explorer:
         x, score, error = evaluations(explorer, "pretrain", "online")
-        draw_curve(ax, x, score, error, EXPLORE, label="exploration policy")
+        draw_curve(ax, x, score, error, EXPLORE, label="policy" if run.baseline else "exploration policy")
         if len(x) and x.min() < 0:
             ax.axvspan(x.min(), 0, facecolor="0.93", edgecolor="0.7", linewidth=0.5, zorder=0, label="pretraining")
     ends, colors = exploitation(run), time_colors(exploitation(run))
     for t, score in ends.items():
         label = "exploitation policy, retrained at t" if t == min(ends) else None
         ax.plot(t, score, "*", markersize=13, color=colors[t], markeredgecolor="white", label=label, zorder=3)
-    steps_axis(ax, "environment steps (before 0: gradient steps)", "Exploration")
+    steps_axis(ax, "environment steps (before 0: gradient steps)", "Learning" if run.baseline else "Exploration")
     score_axis(ax)
     ax.legend(loc="best")
 
@@ -180,19 +238,19 @@ def draw_intrinsic(ax, explorer):
 
 
 # === one run: mazes ===
-def draw_maze(ax, run, env, title):
+def draw_maze(ax, maze_task, discs, title):
     """Walls, the goal disc, and the discs without offline data."""
-    maze, task = env.unwrapped.maze, env.task
+    env, goal, radius = maze_task
+    maze = env.unwrapped.maze
     size, rows, cols = maze.maze_size_scaling, len(maze.maze_map), len(maze.maze_map[0])
     for row, line in enumerate(maze.maze_map):
         for col, cell in enumerate(line):
             if cell == 1:
                 x, y = (col - (cols - 1) / 2) * size, ((rows - 1) / 2 - row) * size
                 ax.add_patch(Rectangle((x - size / 2, y - size / 2), size, size, color="0.82", linewidth=0))
-    for x, y, radius in run.args.remove_discs:
-        ax.add_patch(Circle((x, y), radius, fill=False, linestyle="--", linewidth=0.9, color="0.25", zorder=4))
-    goal = np.add(task.goal, run.script.ANTMAZE_DATA_GOAL_OFFSET if task.family == "antmaze" else 0)
-    ax.add_patch(Circle(goal, run.script.GOAL_RADIUS, color="#E69F00", alpha=0.85, linewidth=0, zorder=5))
+    for x, y, r in discs:
+        ax.add_patch(Circle((x, y), r, fill=False, linestyle="--", linewidth=0.9, color="0.25", zorder=4))
+    ax.add_patch(Circle(goal, radius, color="#E69F00", alpha=0.85, linewidth=0, zorder=5))
     ax.set(xlim=np.array([-0.5, 0.5]) * cols * size, ylim=np.array([-0.5, 0.5]) * rows * size, aspect="equal")
     ax.set(xticks=[], yticks=[], title=title)
     ax.spines[:].set_visible(False)
@@ -210,16 +268,12 @@ def note(ax, text):
             bbox={"color": "white", "alpha": 0.8})
 
 
-def draw_offline_data(ax, run, explorer, env):
-    args, reason = run.args, io.StringIO()
-    seed = (explorer or run).args.seed  # --data-subset was drawn with it
-    draw_maze(ax, run, env, "Offline data")
+def draw_offline_data(ax, run, explorer, maze):
+    draw_maze(ax, maze, run.args.remove_discs, "Offline data")
+    reason = io.StringIO()
     try:
-        with redirect_stderr(reason):
-            data, report = run.script.load_dataset(
-                args.env_id, env, dataset_ids=tuple(args.dataset_id), dataset_path=args.dataset_path, seed=seed,
-                truncate_episodes=args.truncate_episodes, data_subset=args.data_subset,
-                remove_discs=[tuple(disc) for disc in args.remove_discs])
+        with redirect_stderr(reason):  # --data-subset was drawn with the explorer's seed
+            data, report = load_dataset(run.script, run.args, maze[0], (explorer or run).args.seed)
     except SystemExit:  # what load_dataset does when the data is not there; the figure goes on without it
         print(f"offline data panel left out: {reason.getvalue().strip().removeprefix('error: ')}")
         return note(ax, "not available here")
@@ -230,12 +284,27 @@ def draw_offline_data(ax, run, explorer, env):
     ax.set_title(f"Offline data: {EngFormatter(places=0, sep='')(report['transitions'])} transitions")
 
 
-def draw_online_data(ax, run, explorer, env):
-    draw_maze(ax, run, env, "Online exploration")
-    chunks = sorted((explorer.path / "replay").glob("online-*.npz")) if explorer else []
-    if not chunks:
+def visited(run):
+    """Positions (n, 2) of the online transitions that the run has kept, in their order."""
+    done = max(record["env_step"] for record in run.metrics)
+    if columns := run.config.get("replay_columns"):  # {name: [start, stop]} of a row of floats
+        width, start = max(stop for _, stop in columns.values()), columns["observations"][0]
+        rows = np.fromfile(run.path / "replay.bin", np.float32)
+        return rows[: len(rows) // width * width].reshape(-1, width)[:done, start : start + 2]
+    chunks = sorted((run.path / "replay").glob("online-*.npz"))
+    parts = [np.load(path, allow_pickle=False)["observations"][:, :2] for path in chunks]
+    return np.concatenate(parts) if parts else np.zeros((0, 2))
+
+
+def draw_online_data(ax, run, explorer, maze):
+    draw_maze(ax, maze, run.args.remove_discs, "Online visits" if run.baseline else "Online exploration")
+    try:
+        positions = visited(explorer) if explorer else []
+    except (OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
+        print(f"online data panel left out: the replay data of {explorer.path} cannot be read ({error})")
+        return note(ax, "replay data is damaged")
+    if not len(positions):
         return note(ax, "no replay data here")
-    positions = np.concatenate([np.load(path, allow_pickle=False)["observations"][:, :2] for path in chunks])
     points = draw_points(ax, positions, c=np.arange(len(positions)), cmap="viridis")
     steps = EngFormatter(places=0, sep="")
     bar = ax.figure.colorbar(points, cax=ax.inset_axes([0.0, -0.07, 1.0, 0.035]), orientation="horizontal")
@@ -243,40 +312,35 @@ def draw_online_data(ax, run, explorer, env):
     bar.outline.set_visible(False)
 
 
-def draw_policy(ax, run, env, file, name, episodes):
+def draw_policy(ax, run, maze, file, name, episodes):
     """Trajectories of a saved policy from start states that are the same for every policy of the run."""
-    draw_maze(ax, run, env, name)
+    draw_maze(ax, maze, run.args.remove_discs, name)
     if not file.exists():
         return note(ax, f"no {file.name} here")
-    act, _ = run.script.load_policy(file)
-    positions = []
-
-    def act_and_record(obs):
-        positions.append(obs[:2].copy())
-        return act(obs)
-
     print(f"rolling out {file.name}, {episodes} episodes", flush=True)
-    # The seed of --eval-only: start states that training has not used.
-    results = run.script.evaluate(env, act_and_record, episodes, run.script.derive_seed(run.args.seed, "eval-only"))
-    splits = np.cumsum([episode["length"] for episode in results])[:-1]
-    for path, episode in zip(np.split(np.array(positions), splits), results, strict=True):
-        ax.plot(*path.T, color=REACHED if episode["success"] else MISSED, linewidth=0.9, alpha=0.8, rasterized=True)
-        ax.plot(*path[0], "o", color="black", markersize=2.5)
-    summary = run.script.summarize(run.args.env_id, results)
-    score, success = summary["eval/normalized_score"], summary["eval/success_rate"]
+    results = roll_out(run, maze[0], file, episodes)
+    for episode in results:
+        color = REACHED if episode["success"] else MISSED
+        ax.plot(*episode["path"].T, color=color, linewidth=0.9, alpha=0.8, rasterized=True)
+        ax.plot(*episode["path"][0], "o", color="black", markersize=2.5)
+    score = np.mean([episode_score(run.script, run.args.env_id, episode) for episode in results])
+    success = np.mean([episode["success"] for episode in results])
     ax.set_title(f"{name}\nscore {score:.1f}, success {success:.0%} of {episodes} episodes")
 
 
-def draw_mazes(axes, run, explorer, times, episodes):
+def draw_mazes(axes, run, explorer, maze, times, episodes):
     """axes (2, 1 + len(times)): offline and online data, then exploration above exploitation for each t."""
-    env = run.script.make_env(run.args.env_id)
-    draw_offline_data(axes[0, 0], run, explorer, env)
-    draw_online_data(axes[1, 0], run, explorer, env)
+    draw_offline_data(axes[0, 0], run, explorer, maze)
+    draw_online_data(axes[1, 0], run, explorer, maze)
     for column, t in enumerate(times, start=1):
         where = f"t = {EngFormatter(sep='')(t)}"
+        if run.baseline:
+            draw_policy(axes[0, column], run, maze, run.path / f"policy_{t}.pt", f"Policy, {where}", episodes)
+            axes[1, column].axis("off")
+            continue
         source = (explorer or run).path
-        draw_policy(axes[0, column], run, env, source / f"exploration_{t}.pt", f"Exploration, {where}", episodes)
-        draw_policy(axes[1, column], run, env, run.path / f"exploitation_{t}.pt", f"Exploitation, {where}", episodes)
+        draw_policy(axes[0, column], run, maze, source / f"exploration_{t}.pt", f"Exploration, {where}", episodes)
+        draw_policy(axes[1, column], run, maze, run.path / f"exploitation_{t}.pt", f"Exploitation, {where}", episodes)
     keys = [Patch(color="#E69F00", label="goal"), Line2D([], [], color=REACHED, label="reached the goal"),
             Line2D([], [], color=MISSED, label="did not"),
             Line2D([], [], marker="o", linestyle="", color="black", markersize=3, label="start")]
@@ -286,23 +350,53 @@ def draw_mazes(axes, run, explorer, times, episodes):
 
 
 def figure_of_run(run, episodes):
-    explorer = explorer_of(run)
+    explorer, maze = explorer_of(run), maze_of(run.script, run.args.env_id)
     intrinsic = bool(explorer) and any("rnd/online_mean" in record for record in explorer.metrics)
-    is_maze = run.script.ENVIRONMENTS[run.args.env_id].family in ("maze2d", "antmaze")
-    times = sorted(run.args.retrain_at)
-    columns = 1 + len(times) if is_maze else 0
-    width = max(3.6 * (2 + intrinsic), 3.1 * columns)
-    heights = [3.0, 2 * 0.82 * width / columns + 0.4] if is_maze else [3.0]
+    panels = 1 + (not run.baseline) + intrinsic
+    times = sorted(run.args.save_at if run.baseline else run.args.retrain_at)
+    columns = 1 + len(times) if maze else 0
+    width = max(3.6 * max(panels, 2), 3.1 * columns)
+    heights = [3.0, 2 * 0.82 * width / max(columns, 2) + 0.4] if maze else [3.0]
     fig = plt.figure(figsize=(width, sum(heights)), layout="constrained")
     parts = fig.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    axes = parts[0].subplots(1, 2 + intrinsic)
-    draw_exploration(axes[0], run, explorer)
-    draw_exploitation(axes[1], run, explorer)
+    axes = list(parts[0].subplots(1, panels, squeeze=False)[0])
+    draw_exploration(axes.pop(0), run, explorer)
+    if not run.baseline:
+        draw_exploitation(axes.pop(0), run, explorer)
     if intrinsic:
-        draw_intrinsic(axes[2], explorer)
-    if is_maze:
-        draw_mazes(parts[1].subplots(2, columns, squeeze=False), run, explorer, times, episodes)
+        draw_intrinsic(axes.pop(0), explorer)
+    if maze:
+        draw_mazes(parts[1].subplots(2, columns, squeeze=False), run, explorer, maze, times, episodes)
     fig.suptitle(f"{run.args.env_id}, {run.args.exp_name}, seed {run.args.seed}", fontweight="bold")
+    return fig
+
+
+# === the point mass ===
+def figure_of_point_mass(run):
+    """Of the exploring policies and of the retrained ones: episodes that reach the goal, and that go under the wall; a
+    line for each seed, the mean thick, a colour for each bonus coefficient."""
+    rows = [record for record in run.metrics if "eval/under" in record]
+    phases = [(names, title) for names, title in ((("pretrain", "online"), "own policy"), (("retrain",), "retrained"))
+              if any(record["phase"] in names for record in rows)]
+    fig, axes = plt.subplots(2, len(phases), figsize=(4.4 * len(phases), 5.6), squeeze=False, sharey=True,
+                             layout="constrained")
+    for column, (names, title) in enumerate(phases):
+        before = 0 if "retrain" in names else run.args.offline_steps
+        for ax, key, what in zip(axes[:, column], ("success_rate", "under"), ("reach the goal", "go under the wall"),
+                                 strict=True):
+            for color, coef in zip(GROUPS, sorted({record["bonus_coef"] for record in rows}), strict=False):
+                mine = [r for r in rows if r["phase"] in names and r["bonus_coef"] == coef]
+                lines = [{r["grad_step"] - before: 100 * r[f"eval/{key}"] for r in mine if r["seed"] == seed}
+                         for seed in sorted({r["seed"] for r in mine})]
+                for line in lines:
+                    ax.plot(list(line), list(line.values()), color=color, linewidth=0.7, alpha=0.5)
+                draw_mean(ax, lines, color)
+                ax.plot([], [], color=color, linewidth=2, label=f"bonus {coef:g}" if coef else "no bonus (IQL)")
+            ax.set(ylim=(-4, 104), ylabel=f"episodes that {what}, %")
+            steps_axis(ax, "environment steps" if "online" in names else "gradient steps of the retraining",
+                       f"{title}: {what}")
+    axes[0, 0].legend(loc="best")
+    fig.suptitle(f"{run.args.env_id}, {run.args.exp_name}, {run.args.num_seeds} seeds", fontweight="bold")
     return fig
 
 
@@ -314,12 +408,11 @@ def draw_group(curves, ends, runs, color, position, groups):
     found = [evaluations(run, "pretrain", "online") for run in runs]
     for x, score, _ in found:
         curves.plot(x, score, color=color, linewidth=0.8, alpha=0.6)
-    shared = sorted(set.intersection(*(set(x) for x, _, _ in found)))
-    if len(runs) > 1 and shared:
-        mean = np.mean([score[np.isin(x, shared)] for x, score, _ in found], axis=0)
-        curves.plot(shared, mean, color=color, linewidth=2)
+    draw_mean(curves, [dict(zip(x, score, strict=True)) for x, score, _ in found], color)
     for run, (x, score, _) in zip(runs, found, strict=True):
         final, explored = exploitation(run), dict(zip(x, score, strict=True))
+        if not final and len(x):
+            ends.plot(position - 0.2, score[-1], "o", color=color, markersize=4)
         if run.args.exploit_only and (source := explorer_of(run)):
             explored = dict(zip(*evaluations(source, "online")[:2], strict=True))
         aside = (position - (groups - 1) / 2) * 0.012 * max(run.args.online_steps, 1)
@@ -346,7 +439,7 @@ def figure_of_runs(runs):
         curves.axvline(0, color="0.6", linewidth=0.8)
         steps_axis(curves, "environment steps (before 0: gradient steps of pretraining)", env_id)
         score_axis(curves)
-        ends.set(xlim=(-0.6, len(here) - 0.4), title="at the last retraining")
+        ends.set(xlim=(-0.6, len(here) - 0.4), title="at the end")
         ends.set_xticks(range(len(here)), here, rotation=20 if len(here) > 2 else 0)
         ends.grid(axis="x", visible=False)
     keys = []
@@ -360,24 +453,34 @@ def figure_of_runs(runs):
     return fig
 
 
-def main(args):
-    torch.set_num_threads(1)
-    runs = [open_run(folder) for folder in args.run_dirs]
-    if not runs:
-        iql_ooo.fail("give the folder of a run: python tools/plot_run.py RUN_DIR")
-    if len(runs) > 1 and not args.out:
-        iql_ooo.fail("several runs go into one figure: say where with --out FILE")
-    out = Path(args.out or runs[0].path / "figure.png")
+def main(argv=None):
+    args = tyro.cli(Args, args=argv, description=__doc__)
+    check_ranges(args, dict(episodes=(1, 10_000)))
+    if not args.run_dirs:
+        fail("give the folder of a run: python tools/plot_run.py RUN_DIR")
+    if len(args.run_dirs) > 1 and not args.out:
+        fail("several runs go into one figure: say where with --out FILE")
+    runs = [open_run(os.path.expanduser(folder)) for folder in args.run_dirs]
+    point_mass = [run for run in runs if run.config["script"] == "pointmass_didactic"]
+    if point_mass and len(runs) > 1:
+        fail(f"{point_mass[0].path}: a run of the point mass is drawn alone; give the others without it")
+    out = Path(os.path.expanduser(args.out) or runs[0].path / "figure.png")
     kind = out.suffix.lstrip(".") or "png"
-    if kind not in plt.figure().canvas.get_supported_filetypes() or not out.parent.is_dir() or args.episodes < 1:
-        iql_ooo.fail(f"--out {out} --episodes {args.episodes}: give a picture file in a folder that exists, and N >= 1")
+    if kind not in FigureCanvasAgg.get_supported_filetypes() or out.is_dir() or not out.parent.is_dir():
+        fail(f"--out {out}: give a picture file in a folder that exists")
+    output_folder(out.parent, "--out")
+    importlib.import_module("torch").set_num_threads(1)
     with plt.rc_context(STYLE):
-        fig = figure_of_run(runs[0], args.episodes) if len(runs) == 1 else figure_of_runs(runs)
+        if point_mass:
+            fig = figure_of_point_mass(runs[0])
+        else:
+            fig = figure_of_run(runs[0], args.episodes) if len(runs) == 1 else figure_of_runs(runs)
         picture = io.BytesIO()
         fig.savefig(picture, format=kind)
-    iql_ooo.atomic_write(out, picture.getvalue())
+        plt.close(fig)
+    write_whole(out, picture.getvalue())
     print(f"figure: {out}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    run_main(main)

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import pointmass_didactic as pm  # noqa: E402
+from reproduce import check_ranges, fail, run_main  # noqa: E402
 
 
 @dataclass
@@ -50,18 +49,25 @@ def shortest_chain(rows, start, cell):
 
 def main(argv=None):
     args = tyro.cli(Args, args=argv, description=__doc__)
-    if args.cell <= 0:
-        pm.fail(f"--cell {args.cell:g} must be above 0")
-    path, settings = Path(args.run_dir), pm.Args(**pm.read_config(args.run_dir)["args"])
-    saved = pm.load_torch(path / "checkpoint.pt", torch.device("cpu"))
-    data = pm.read_verified(path / "replay.bin", saved["sizes"]["replay.bin"], saved["sums"]["replay.bin"])
-    members = pm.members(settings)
-    online = torch.frombuffer(bytearray(data), dtype=torch.float32).view(-1, len(members), 7)
-    for member, (seed, coef) in enumerate(members):
-        rows = torch.cat([pm.scripted_data(settings, seed), online[:, member]])
-        steps = shortest_chain(rows.numpy(), pm.START, args.cell)
-        print(f"seed {seed}, coefficient {coef:g}: {steps or 'no'} steps")
+    check_ranges(args, dict(cell=(1e-4, 1)))
+    import torch
+
+    import pointmass_didactic as pm
+
+    folder = Path(args.run_dir).expanduser()
+    config, saved = pm.read_config(folder), pm.load_torch(folder / "checkpoint.pt", torch.device("cpu"))
+    try:
+        settings = pm.Args(**config["args"])
+        members = pm.members(settings)
+        rows = pm.read_verified(folder / "replay.bin", saved["sizes"]["replay.bin"], saved["sums"]["replay.bin"])
+        rows = np.frombuffer(rows, np.float32).reshape(-1, len(members), 7)
+        data = [np.concatenate([pm.scripted_data(settings, seed).numpy(), rows[:, member]])
+                for member, (seed, _) in enumerate(members)]
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        fail(f"{folder} is not a readable run of the point mass ({type(error).__name__}: {error}); give another")
+    for (seed, coef), rows in zip(members, data, strict=True):
+        print(f"seed {seed}, coefficient {coef:g}: {shortest_chain(rows, pm.START, args.cell) or 'no'} steps")
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)
