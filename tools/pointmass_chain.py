@@ -8,7 +8,6 @@ a cell may save a fraction of a step each time, so that a chain can be shorter t
 transitions join. About 45 to 56 steps go over the wall, about 28 to 40 under it.
 """
 
-import os
 import sys
 from collections import defaultdict, deque
 from dataclasses import dataclass
@@ -55,14 +54,15 @@ def main(argv=None):
 
     import pointmass_didactic as pm
 
-    folder = os.path.expanduser(args.run_dir)
-    config = pm.read_config(folder, "pointmass_didactic")
-    saved = pm.load_torch(Path(folder) / "checkpoint.pt", "pointmass_didactic", "cpu")
+    folder = Path(args.run_dir).expanduser()
+    config, saved = pm.read_config(folder), pm.load_torch(folder / "checkpoint.pt", torch.device("cpu"))
     try:
         settings = pm.Args(**config["args"])
-        members = [(settings.seed + i, c) for i in range(settings.num_seeds) for c in settings.bonus_coef]
-        data = [torch.cat([pm.scripted_data(settings, member[0]), online]).numpy()
-                for member, online in zip(members, saved["online"], strict=True)]
+        members = pm.members(settings)
+        rows = pm.read_verified(folder / "replay.bin", saved["sizes"]["replay.bin"], saved["sums"]["replay.bin"])
+        rows = np.frombuffer(rows, np.float32).reshape(-1, len(members), 7)
+        data = [np.concatenate([pm.scripted_data(settings, seed).numpy(), rows[:, member]])
+                for member, (seed, _) in enumerate(members)]
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         fail(f"{folder} is not a readable run of the point mass ({type(error).__name__}: {error}); give another")
     for (seed, coef), rows in zip(members, data, strict=True):
