@@ -1064,9 +1064,9 @@ def read_minari(args, env, dataset_ids):
         if limit and not re.fullmatch("[1-9][0-9]*", limit):
             fail(f"--dataset-id {spec}: what follows the colon must be a number of episodes")
         dataset = open_minari(dataset_id)
-        check_origin(dataset_id, dataset, env)
         taken, here = 0, set()
         try:
+            check_origin(dataset_id, dataset, env)
             for episode in dataset.iterate_episodes():
                 here.add(digest := hashlib.sha256(np.ascontiguousarray(episode.actions).tobytes()).digest())
                 if digest in seen or (limit and taken >= int(limit)):
