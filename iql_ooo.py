@@ -898,7 +898,7 @@ def flatten_observation(task, obs):
         obs = obs["observation"]
     elif task.family == "ant":  # x, qpos[2:], qvel: without y; the contact forces were all 0 in the paper's MuJoCo
         obs = np.delete(obs, 1, axis=-1)
-    return np.asarray(obs, dtype=np.float32)
+    return np.asarray(obs).astype(np.float32, casting="same_kind", copy=False)
 
 
 def task_reward(task, next_obs, reward, goal=None):
@@ -1031,8 +1031,7 @@ def check_columns(source, obs_dim, act_dim, **columns):
     for name, value in columns.items():
         shape = (n, *widths.get(name, ()))
         try:
-            with np.errstate(over="ignore"):  # what float32 cannot hold is infinite
-                columns[name] = value = np.asarray(value).astype(np.float32, casting="same_kind", copy=False)
+            columns[name] = value = np.asarray(value).astype(np.float32, casting="same_kind", copy=False)
         except (TypeError, ValueError) as error:
             fail(f"{source}: {name} are not numbers ({error})")
         if value.shape != shape:
@@ -1138,6 +1137,7 @@ def read_npz(args, env):
 D4RL_KEYS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
 
 
+@np.errstate(over="ignore")  # what float32 cannot hold is infinite, and said
 def load_dataset(args, env, seed):
     """The task's offline data, {column: float32 (n, ...)}, and a report. Columns: observations, actions, rewards (raw),
     next_observations, terminations, episodes. Order: read, check, truncate, relabel, subset (drawn by seed), remove
