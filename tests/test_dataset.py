@@ -4,11 +4,21 @@ Expectations are computed from the episodes as tiny_data wrote them, in which th
 at known steps.
 """
 
+import copy
+import functools
+import io
+import json
+import shutil
+import zipfile
 from types import SimpleNamespace
 
+import gymnasium as gym
+import h5py
+import minari
 import numpy as np
 import pytest
 from gymnasium.spaces import Box
+from tiny_data import buffer
 
 import iql_ooo as ooo
 
@@ -19,12 +29,23 @@ DIMENSIONS = {PEN: (45, 24), DOOR: (39, 28), RELOCATE: (39, 30), HAMMER: (46, 26
 DIMENSIONS |= dict.fromkeys(KITCHENS, (30, 9))
 
 
-def load(env_id, **options):
-    """load_dataset with the spaces of the task's environment, which is not built."""
-    obs_dim, act_dim = DIMENSIONS[env_id]
-    spaces = SimpleNamespace(observation_space=SimpleNamespace(shape=(obs_dim,)),
-                             action_space=SimpleNamespace(shape=(act_dim,)))
-    return ooo.load_dataset(env_id, spaces, **options)
+environment = functools.cache(ooo.make_env)
+
+
+def load(env_id, seed=1, **options):
+    """load_dataset with settings of Args, but for these."""
+    return ooo.load_dataset(ooo.Args(env_id=env_id, **options), environment(env_id), seed)
+
+
+def refused(capsys, env_id, **options):
+    """One line (after warnings) and status 2; returns the line."""
+    with pytest.raises(SystemExit) as stop:
+        load(env_id, **options)
+    out, err = capsys.readouterr()
+    *warnings, line = err.splitlines()
+    assert stop.value.code == 2 and line.startswith("error: ") and not out, (err, out)
+    assert all(warning.startswith("warning: ") for warning in warnings), err
+    return line
 
 
 def vectors(env_id, episode):
@@ -80,6 +101,7 @@ def test_binary_tasks(tiny, env_id):
     assert report == {
         "source": f"{next(iter(made))}:22 + {list(made)[1]}:450", "transitions_read": 150, "transitions": 150,
         "episodes": 5, "successful_episodes_before_removal": 2, "successful_episodes": 2, "reward_range": [-1.0, 0.0],
+        "actions_clipped": sum(int((np.abs(e["actions"]) > 0.99999).any(1).sum()) for e in cloned),
         "sha256": report["sha256"],
     }
 
@@ -99,7 +121,7 @@ def test_limits_and_duplicates(tiny):
         (f"{cloned}:4",): [0, 1, 2, 3],
         (human, others, cloned): [0, 1, 2, 3, 4],  # neither the first's nor the second's again
     }.items():
-        data, report = load(PEN, dataset_ids=ids)
+        data, report = load(PEN, dataset_id=ids)
         check_transitions(PEN, data, [episodes[i] for i in want])
         assert report["source"] == " + ".join(ids) and report["episodes"] == len(want)
 
@@ -131,7 +153,7 @@ def test_hammer_is_truncated_to_20(tiny):
     assert not data["terminations"].any()
     assert report["transitions_read"] == 75 and report["transitions"] == 60 and report["removed_by_truncation"] == 15
     assert report["successful_episodes"] == 0  # the success was in step 22
-    assert ooo.TASKS[HAMMER]["truncate_episodes"] == 20
+    assert ooo.TASKS[HAMMER].settings["truncate_episodes"] == 20
 
 
 def test_truncating_longer_than_the_episodes_keeps_all(tiny):
@@ -157,11 +179,10 @@ def test_kitchen(tiny, env_id, cumulative):
     assert report["successful_episodes"] == 1 and report["reward_range"] == [0.0, 4.0]
 
 
-def test_kitchen_tasks_differ_in_their_goals(tiny):
+def test_kitchen_tasks_differ_in_their_goals(tiny, capsys):
     """Mixed wants the bottom burner where the others want the slide cabinet: foreign data lacks a goal."""
     tiny("kitchen-mixed-v0")
-    with pytest.raises(SystemExit):
-        load("kitchen-partial-v0", dataset_ids=("D4RL/kitchen/mixed-v2",))
+    assert "mixed" in refused(capsys, "kitchen-partial-v0", dataset_id=("D4RL/kitchen/mixed-v2",))
 
 
 # === mazes ===
@@ -181,8 +202,8 @@ def test_antmaze_relabelling(tiny):
 
 def test_antmaze_removal_looks_at_observations_only(tiny):
     (episodes,) = tiny(ANT).values()
-    data, report = load(ANT, remove_discs=ooo.TASKS[ANT]["remove_discs"])
-    assert ooo.TASKS[ANT]["remove_discs"] == ((14.0, -12.0, 2.5),)
+    data, report = load(ANT, remove_discs=ooo.TASKS[ANT].settings["remove_discs"])
+    assert ooo.TASKS[ANT].settings["remove_discs"] == ((14.0, -12.0, 2.5),)
     states = joined(vectors(ANT, episode)[:-1] for episode in episodes)
     keep = np.hypot(states[:, 0] - 14.0, states[:, 1] + 12.0) > 2.5
     check_transitions(ANT, data, episodes, keep)
@@ -203,7 +224,7 @@ def test_maze2d_relabelling_and_removal(tiny):
     np.testing.assert_array_equal(data["rewards"], want)
     assert 0 < want.sum() < 10 and not data["terminations"].any()
 
-    discs = ooo.TASKS[POINT]["remove_discs"]
+    discs = ooo.TASKS[POINT].settings["remove_discs"]
     assert discs == ((3.5, -3.0, 1.5), (-4.5, 3.0, 1.5), (-4.5, -3.0, 2.0))
     removed, report = load(POINT, remove_discs=discs)
     states = joined(vectors(POINT, episode)[:-1] for episode in episodes)
@@ -247,9 +268,186 @@ def test_subset_comes_before_the_discs(tiny):
 
 def test_nothing_left_is_an_error(tiny, capsys):
     tiny(POINT)
-    with pytest.raises(SystemExit) as stop:
-        load(POINT, remove_discs=((0.0, 0.0, 100.0),))
-    assert stop.value.code == 2 and "nothing is left" in capsys.readouterr().err
+    assert "nothing is left" in refused(capsys, POINT, remove_discs=((0.0, 0.0, 100.0),))
+
+
+def test_a_disc_that_removes_nothing_is_said(tiny, capsys):
+    tiny(POINT)
+    discs = ((3.5, -3.0, 1.0), (100.0, 0.0, 1.0), (3.5, -3.0, -1.0))
+    load(POINT, remove_discs=discs[:1])
+    assert "removes nothing" not in capsys.readouterr().err
+    _, report = load(POINT, remove_discs=discs)
+    assert [disc[3] > 0 for disc in report["removed_by_discs"]] == [True, False, False]
+    err = capsys.readouterr().err
+    assert err.count("removes nothing") == 2 and "100 0 1" in err and "3.5 -3 -1" in err
+
+
+def test_positions_in_other_coordinates_are_said(tmp_path, capsys):
+    """D4RL's maze2d has its origin in a corner: (row, column) where gymnasium-robotics has x, y from the center."""
+    env = environment(POINT)
+    cells = np.argwhere(env.free_cells())
+    ours = np.array([env.unwrapped.maze.cell_rowcol_to_xy(cell) for cell in cells])
+    for positions, outside in ((ours, False), (cells, True)):
+        observations = np.zeros((len(cells), 4), np.float32)
+        observations[:, :2] = positions
+        columns = flat(len(cells), observations=observations, timeouts=None, next_observations=observations + 9)
+        _, report = load(POINT, dataset_path=save(tmp_path, columns))
+        assert report["positions_in_walls"] == int(env.in_walls(positions).sum())
+        assert (report["positions_in_walls"] > 0) == outside
+        assert ("coordinates" in capsys.readouterr().err) == outside
+
+
+# === datasets that cannot be right ===
+
+
+@pytest.fixture
+def changed(tiny):
+    """changed(env_id, change): the task's first dataset, after change(its open HDF5 file); put back at the end."""
+    backups = []
+
+    def change_first(env_id, change):
+        tiny(env_id)
+        folder = tiny.path / ooo.TASKS[env_id].datasets[0].partition(":")[0] / "data"
+        backups.append((folder, folder.with_name("backup")))
+        shutil.copytree(*backups[-1])
+        with h5py.File(folder / "main_data.hdf5", "a") as file:
+            change(file)
+
+    yield change_first
+    for folder, backup in backups:
+        shutil.rmtree(folder)
+        backup.rename(folder)
+
+
+def replaced(name, change):
+    """A change of the file: one array replaced, or (None) taken out."""
+
+    def apply(file):
+        value = file[name][()]
+        del file[name]
+        if (new := change(value)) is not None:
+            file[name] = new
+
+    return apply
+
+
+SHAPES = {
+    "one short": lambda value: value[:-1], "one long": lambda value: np.concatenate([value, value[-1:]]),
+    "none": lambda value: value[:0], "another rank": lambda value: value[..., None],
+    "text": lambda value: value.astype("S"), "complex": lambda value: value + 1j, "missing": lambda value: None,
+}
+
+
+@pytest.mark.parametrize("how", SHAPES)
+@pytest.mark.parametrize("column", ["observations", "actions", "rewards"])
+def test_a_column_of_another_shape(changed, capsys, column, how):
+    """In one episode only; T observations instead of T + 1 too."""
+    changed(HAMMER, replaced(f"episode_1/{column}", SHAPES[how]))
+    assert "D4RL/hammer/expert-v2" in refused(capsys, HAMMER)
+
+
+def test_two_opposite_errors_do_not_cancel(changed, capsys):
+    """An action too few here and one too many there would shift everything between."""
+    changed(HAMMER, lambda file: [replaced(f"episode_{number}/actions", SHAPES[how])(file)
+                                  for number, how in ((0, "one short"), (2, "one long"))])
+    line = refused(capsys, HAMMER)
+    assert "episode 0" in line and "actions" in line and "(24, 26)" in line
+
+
+def test_every_episode_with_an_observation_too_few(changed, capsys):
+    changed(HAMMER, lambda file: [replaced(f"{name}/observations", SHAPES["one short"])(file) for name in list(file)])
+    assert "(24, 46)" in refused(capsys, HAMMER)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300])
+@pytest.mark.parametrize("column", ["observations", "actions", "rewards"])
+def test_a_number_that_is_none(changed, capsys, column, value):
+    """Or that float32 does not hold."""
+
+    def spoil(array):
+        array = array.astype(float)
+        array[(7, *[3] * (array.ndim - 1))] = value
+        return array
+
+    changed(HAMMER, replaced(f"episode_2/{column}", spoil))
+    line = refused(capsys, HAMMER)
+    assert "episode 2" in line and column in line and "row 7" in line
+
+
+@pytest.mark.parametrize("last", [0, -1])
+def test_the_first_and_the_last_observation_count(changed, capsys, last):
+    def spoil(array):
+        array[last, 0] = np.nan
+        return array
+
+    changed(POINT, replaced("episode_0/observations/observation", spoil))
+    assert "NaN" in refused(capsys, POINT)
+
+
+@pytest.mark.parametrize("name", ["observations/achieved_goal/microwave", "observations/desired_goal/microwave",
+                                  "observations/observation"])
+def test_parts_of_a_nested_observation(changed, capsys, name):
+    changed("kitchen-complete-v0", replaced(f"episode_1/{name}", SHAPES["one short"]))
+    assert "D4RL/kitchen/complete-v2" in refused(capsys, "kitchen-complete-v0")
+
+
+def foreign_dataset(tiny, task, dataset_id, env_id, **kwargs):
+    """A dataset with the content of a task's and the description of another environment (None: without one)."""
+    if dataset_id not in tiny.made:
+        tiny.made[dataset_id] = next(iter(tiny(task).values()))
+        env = environment(task).env.unwrapped
+        spec = copy.deepcopy(gym.spec(env_id)) if env_id else None
+        if kwargs:
+            spec.kwargs |= kwargs
+        minari.create_dataset_from_buffers(
+            dataset_id, [buffer(episode) for episode in tiny.made[dataset_id]], env=spec,
+            observation_space=env.observation_space, action_space=env.action_space)
+    return dataset_id
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("task", "name", "env_id", "kwargs", "taken"),
+    [
+        (POINT, "medium", "PointMaze_Medium-v3", {}, False),
+        (POINT, "umaze", "PointMaze_UMaze-v3", {}, False),
+        (POINT, "open", "PointMaze_Large-v3", dict(maze_map=[[1, 1, 1], [1, 0, 1], [1, 1, 1]]), False),
+        (POINT, "hand", "AdroitHandPen-v1", {}, False),
+        (POINT, "large", "PointMaze_Large-v3", {}, True),
+        (POINT, "dense", "PointMaze_LargeDense-v3", {}, True),  # rewards are made anew
+        (POINT, "diverse", "PointMaze_Large_Diverse_GR-v3", {}, True),
+        (POINT, "nothing", None, {}, True),
+        (HAMMER, "sparse-hammer", "AdroitHandHammerSparse-v1", {}, False),  # its rewards are others
+        (HAMMER, "hammer", "AdroitHandHammer-v1", {}, True),
+    ],
+)
+def test_data_of_another_environment(tiny, capsys, task, name, env_id, kwargs, taken):
+    """Shapes agree in all of them: the dataset's own description decides."""
+    environment(task)  # registers the packages' environments
+    dataset_id = foreign_dataset(tiny, task, f"ooo-test/{name}-v0", env_id, **kwargs)
+    if taken:
+        assert load(task, dataset_id=(dataset_id,))[1]["episodes"] == 3
+    else:
+        line = refused(capsys, task, dataset_id=(dataset_id,))
+        assert dataset_id in line and env_id in line and ooo.TASKS[task].gym_id in line
+
+
+@pytest.mark.parametrize("entry", [{"env_spec": "{}"}, {"env_spec": "text"}, {"total_steps": "x"}, {"total_steps": []}],
+                         ids=str)
+def test_a_damaged_description(changed, capsys, tiny, entry):
+    def damage(file):
+        path = tiny.path / "D4RL/hammer/expert-v2/data/metadata.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | entry))
+
+    changed(HAMMER, damage)
+    assert "D4RL/hammer/expert-v2" in refused(capsys, HAMMER)
+
+
+@pytest.mark.parametrize("dataset_id", ["", ":3", "..", "/", "D4RL", "D4RL/hammer", "a b", "x" * 300])
+def test_a_dataset_that_is_none(tiny, capsys, dataset_id):
+    tiny(HAMMER)
+    assert "dataset" in refused(capsys, HAMMER, dataset_id=(dataset_id,))
 
 
 # === .npz with D4RL's keys ===
@@ -302,13 +500,38 @@ def test_npz_with_successors(tmp_path):
 
 
 def test_npz_without_timeouts(tmp_path):
-    data, _ = load(POINT, dataset_path=save(tmp_path, flat(timeouts=None)))
-    assert len(data["rewards"]) == 11 and not data["episodes"].any()
+    """An episode ends where next_observations do not continue: the same episodes as timeouts give."""
+    columns = flat(timeouts=at(12, 4, 8))
+    columns["next_observations"] = np.roll(columns["observations"], -1, 0)
+    columns["next_observations"][[4, 8, 11]] += 0.5
+    one, _ = load(POINT, dataset_path=save(tmp_path, columns))
+    del columns["timeouts"]
+    other, _ = load(POINT, dataset_path=save(tmp_path, columns))
+    assert one["episodes"].tolist() == [0] * 5 + [1] * 4 + [2] * 3
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+@pytest.mark.parametrize("terminals", [at(12), at(12, 5)], ids=["no terminals", "terminals"])
+def test_npz_that_does_not_tell_where_episodes_end(tmp_path, capsys, terminals):
+    """All would become one episode, of which hammer's truncation keeps 20 rows."""
+    line = refused(capsys, POINT, dataset_path=save(tmp_path, flat(timeouts=None, terminals=terminals)))
+    assert "timeouts" in line and "next_observations" in line
+
+
+def test_npz_longer_than_an_episode_without_an_end(tmp_path, capsys):
+    n = ooo.TASKS[POINT].horizon
+    assert load(POINT, dataset_path=save(tmp_path, flat(n)))[1]["episodes"] == 1
+    capsys.readouterr()
+    states = flat(n + 2)["observations"]
+    continued = flat(n + 1, observations=states[:-1], next_observations=states[1:], timeouts=None)
+    for columns in (flat(n + 1), flat(n + 1, timeouts=at(n + 1, n)), continued):
+        assert "no end of an episode" in refused(capsys, POINT, dataset_path=save(tmp_path, columns))
 
 
 def test_npz_terminals_end_episodes(tmp_path):
     """A terminal's recorded successor would be the next episode's start. Tasks that never terminate drop the step."""
-    columns = flat(terminals=at(12, 5, 11), timeouts=None)
+    columns = flat(terminals=at(12, 5, 11))
     data, _ = load(POINT, dataset_path=save(tmp_path, columns))
     assert len(data["rewards"]) == 10 and data["episodes"].tolist() == [0] * 5 + [1] * 5
     np.testing.assert_array_equal(data["next_observations"][4], columns["observations"][5])
@@ -348,11 +571,123 @@ def test_npz_of_binary_tasks_is_relabelled(tmp_path):
     assert data["rewards"].tolist() == [-1.0] * 5 + [0.0] + [-1.0] * 5
 
 
-def test_actions_are_clipped(tmp_path):
-    data, _ = load(POINT, dataset_path=save(tmp_path, flat()))
+@pytest.mark.parametrize("following", [False, True], ids=["observations", "next_observations"])
+def test_npz_of_the_kitchen_with_d4rls_60_columns(tmp_path, following):
+    """The last 30 are the constant goal."""
+    rng = np.random.default_rng(0)
+    observations = rng.normal(size=(12, 60)).astype(np.float32)
+    columns = flat(observations=observations, actions=np.zeros((12, 9)), rewards=np.float32([0] * 11 + [4]),
+                   next_observations=np.roll(observations, -1, 0) if following else None)
+    wide, report = load("kitchen-mixed-v0", dataset_path=save(tmp_path, columns))
+    for name in {"observations", "next_observations"} & set(columns):
+        columns[name] = columns[name][:, :30]
+    narrow, other = load("kitchen-mixed-v0", dataset_path=save(tmp_path, columns))
+    assert wide["observations"].shape[1] == 30 and report["sha256"] == other["sha256"]
+    for name in wide:
+        np.testing.assert_array_equal(wide[name], narrow[name])
+
+
+def test_sixty_columns_are_the_kitchens_alone(tmp_path, capsys):
+    assert "(12, 60)" in refused(capsys, POINT, dataset_path=save(tmp_path, flat(observations=np.zeros((12, 60)))))
+
+
+def test_columns_of_columns(tmp_path):
+    """(n, 1) is read as (n,): so do some tools write rewards and flags."""
+    flags = {name: flat(timeouts=at(12, 4))[name][:, None] for name in ("rewards", "terminals", "timeouts")}
+    one, other = (load(POINT, dataset_path=save(tmp_path, flat(**changes)))[1] for changes in
+                  (dict(timeouts=at(12, 4)), flags))
+    assert one == other
+
+
+def test_keys_that_are_not_needed_are_not_read(tmp_path):
+    """Another program's notes, even as a pickle; and arrays of any size."""
+    want = load(POINT, dataset_path=save(tmp_path, flat()))[1]
+    extra = {"infos/qpos": np.full((12, 2), np.nan), "metadata": np.array([{"a": 1}, Payload()], object)}
+    assert load(POINT, dataset_path=save(tmp_path, flat() | extra))[1] == want
+
+
+def claim(path, key, shape):
+    """Put an array into an .npz that says it has this shape of float32, compressed zeros; the shape is never built."""
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".encode()
+    header += b" " * (118 - 1 - len(header)) + b"\n"
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive, archive.open(key + ".npy", "w") as file:
+        file.write(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+        for _ in range(-(-int(np.prod(shape)) * 4 // 2**20)):
+            file.write(bytes(2**20))
+
+
+def test_npz_that_does_not_fit(tmp_path, capsys, monkeypatch):
+    """What it needs is known before anything is read: a compressed file may be small. Unneeded keys do not count."""
+    path, free = save(tmp_path, flat(observations=None)), 2**20 * 100
+    monkeypatch.setattr(ooo.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    claim(path, "observations", (4 * free // 16, 4))
+    monkeypatch.setattr(np, "load", lambda *args, **options: pytest.fail("read before the check"))
+    line = refused(capsys, POINT, dataset_path=path)
+    assert "0.4 GiB" in line and "data.npz" in line
+    monkeypatch.undo()
+    monkeypatch.setattr(ooo.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    path = save(tmp_path, flat())
+    claim(path, "infos", (4 * free // 16, 4))
+    assert load(POINT, dataset_path=path)[1]["transitions"] == 11
+
+
+def test_npz_whose_header_claims_40_gib(tmp_path, capsys):
+    """Of twelve numbers: the claim is not believed."""
+    path = save(tmp_path, flat())
+    stream = io.BytesIO()
+    np.lib.format.write_array(stream, np.zeros((12, 4), np.float32))
+    content = stream.getvalue().replace(b"(12, 4), }" + b" " * 10, b"(2684354560, 4), }  ")
+    with zipfile.ZipFile(path) as archive:
+        rest = {name: archive.read(name) for name in archive.namelist() if name != "observations.npy"}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in rest.items() | {("observations.npy", content)}:
+            archive.writestr(name, data)
+    assert "data.npz" in refused(capsys, POINT, dataset_path=path)
+
+
+def test_any_damage_of_an_npz_is_one_line(tmp_path, capsys):
+    """Cut, flipped, overwritten: read as it was, or refused; other numbers without a word never."""
+    path = tmp_path / "data.npz"
+    np.savez_compressed(path, **flat())
+    content, rng, seen = path.read_bytes(), np.random.default_rng(0), set()
+    want = load(POINT, dataset_path=str(path))[1]["sha256"]
+    for number in range(300):
+        data = bytearray(content)
+        if number % 3 == 0:
+            del data[rng.integers(len(data)) :]
+        elif number % 3 == 1:
+            data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+        else:
+            for place in len(data) - rng.integers(1, 600, 5):
+                data[place] = rng.integers(256)
+        path.write_bytes(data)
+        capsys.readouterr()
+        try:
+            assert load(POINT, dataset_path=str(path))[1]["sha256"] == want
+            seen.add("whole")
+        except SystemExit as stop:
+            err = capsys.readouterr().err
+            assert stop.code == 2 and err.startswith("error: ") and err.count("\n") == 1
+            seen.add("refused")
+    assert seen == {"whole", "refused"}
+
+
+def test_home_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save(tmp_path, flat())
+    args = ooo.parse_args(["--env-id", POINT, "--dataset-path", "~/data.npz", "--remove-discs"])
+    assert ooo.load_dataset(args, environment(POINT), 1)[1]["transitions"] == 11
+
+
+def test_actions_are_clipped_and_counted(tmp_path):
+    """Transitions, not numbers: those whose action was altered in any part."""
+    data, report = load(POINT, dataset_path=save(tmp_path, flat()))
     assert data["actions"].min() == np.float32(-1 + 1e-5) and data["actions"].max() == np.float32(1 - 1e-5)
-    inside = np.abs(flat()["actions"][:-1]) < 0.999
-    np.testing.assert_array_equal(data["actions"][inside], flat()["actions"][:-1][inside])
+    actions = flat()["actions"][:-1]
+    inside = np.abs(actions) < 0.999
+    np.testing.assert_array_equal(data["actions"][inside], actions[inside])
+    assert 0 < report["actions_clipped"] == (np.abs(actions) > 0.99999).any(1).sum() < 11
+    assert load(POINT, dataset_path=save(tmp_path, flat(actions=np.full((12, 2), 0.5))))[1]["actions_clipped"] == 0
 
 
 class Payload:
@@ -364,7 +699,7 @@ class Payload:
     "columns",
     [
         flat(rewards=np.array([Payload()] * 12, dtype=object)),
-        flat(extra=np.array([Payload()], dtype=object)),
+        flat(actions=np.array([[Payload()] * 2] * 12, dtype=object)),
         flat(rewards=None),
         flat(terminals=None),
         flat(actions=np.zeros((11, 2))),
@@ -381,16 +716,29 @@ class Payload:
         flat(next_observations=np.full((12, 4), np.inf)),
         flat(rewards=np.array(["text"] * 12)),
     ],
-    ids=["pickle", "pickle beside", "no rewards", "no terminals", "short actions", "long observations",
+    ids=["pickle", "pickle of another column", "no rewards", "no terminals", "short actions", "long observations",
          "short next_observations", "short timeouts", "scalar rewards", "flat observations", "wide observations",
          "wide actions", "narrow next_observations", "one row", "NaN", "infinity", "text"],
 )
 def test_bad_npz_is_refused_in_one_line(tmp_path, capsys, columns):
-    path = save(tmp_path, columns)
-    with pytest.raises(SystemExit) as stop:
-        load(POINT, dataset_path=path)
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and "data.npz" in err
+    assert "data.npz" in refused(capsys, POINT, dataset_path=save(tmp_path, columns))
+
+
+@pytest.mark.parametrize("name", ["observations", "actions", "rewards", "terminals", "timeouts", "next_observations"])
+def test_every_column_of_an_npz_is_checked(tmp_path, capsys, name):
+    """Its length, rank and numbers, in any row."""
+    good = flat(next_observations=np.zeros((12, 4), np.float32))
+    spoilt = [(how, change(good[name])) for how, change in SHAPES.items() if how != "missing"]
+    for row in (0, 5, 11):
+        for value in (np.nan, np.inf):
+            array = good[name].astype(np.float32)
+            array[row] = value
+            spoilt.append((f"{value} in row {row}", array))
+    for how, value in spoilt:
+        if how == "another rank" and value.ndim == 2:
+            value = value[..., None]  # (n, 1) is read as (n,)
+        line = refused(capsys, POINT, dataset_path=save(tmp_path, good | {name: value}))
+        assert "data.npz" in line, how
 
 
 # === report ===
