@@ -765,7 +765,7 @@ def flatten_observation(task, obs):
         obs = obs["observation"]
     elif task.family == "ant":  # x, qpos[2:], qvel: without y; the contact forces were all 0 in the paper's MuJoCo
         obs = np.delete(obs, 1, axis=-1)
-    return np.asarray(obs, dtype=np.float32)
+    return np.asarray(obs).astype(np.float32, casting="same_kind", copy=False)
 
 
 def task_reward(task, next_obs, reward, goal=None):
@@ -898,8 +898,7 @@ def check_columns(source, obs_dim, act_dim, **columns):
     for name, value in columns.items():
         shape = (n, *widths.get(name, ()))
         try:
-            with np.errstate(over="ignore"):  # what float32 cannot hold is infinite
-                columns[name] = value = np.asarray(value).astype(np.float32, casting="same_kind", copy=False)
+            columns[name] = value = np.asarray(value).astype(np.float32, casting="same_kind", copy=False)
         except (TypeError, ValueError) as error:
             fail(f"{source}: {name} are not numbers ({error})")
         if value.shape != shape:
@@ -916,9 +915,10 @@ def check_origin(dataset_id, dataset, env):
     spec = dataset.spec.env_spec
     if spec is None:
         return
-    base = re.sub(r"-v\d+$", "", env.task.gym_id)
+    base = env.task.gym_id.rpartition("-")[0]  # of which there are others that differ in goals, or pay densely
     walls = [[cell == 1 for cell in row] for row in spec.kwargs.get("maze_map", ())]
-    if not spec.id.startswith(base) or walls and not np.array_equal(walls, ~env.free_cells()):
+    same = re.fullmatch(rf"{base}(_\w+|Dense)?-v\d+", spec.id)
+    if not same or walls and not np.array_equal(walls, ~env.free_cells()):
         fail(f"dataset {dataset_id} is of {spec.id}, this task is {env.task.gym_id}; give a dataset of it")
 
 
@@ -931,9 +931,9 @@ def read_minari(args, env, dataset_ids):
         if limit and not re.fullmatch("[1-9][0-9]*", limit):
             fail(f"--dataset-id {spec}: what follows the colon must be a number of episodes")
         dataset = open_minari(dataset_id)
-        check_origin(dataset_id, dataset, env)
         taken, here = 0, set()
         try:
+            check_origin(dataset_id, dataset, env)
             for episode in dataset.iterate_episodes():
                 here.add(digest := hashlib.sha256(np.ascontiguousarray(episode.actions).tobytes()).digest())
                 if digest in seen or (limit and taken >= int(limit)):
@@ -1005,6 +1005,7 @@ def read_npz(args, env):
 D4RL_KEYS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
 
 
+@np.errstate(over="ignore")  # what float32 cannot hold is infinite, and said
 def load_dataset(args, env, seed):
     """The task's offline data, {column: float32 (n, ...)}, and a report. Columns: observations, actions, rewards (raw),
     next_observations, terminations, episodes. Order: read, check, truncate, relabel, subset (drawn by seed), remove

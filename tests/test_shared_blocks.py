@@ -28,7 +28,7 @@ BLOCKS = {
     "simplified td3": {"iql_ooo.py", "td3_rnd.py"},
     "exploit only": {"iql_ooo.py", "rlpd_ooo.py", "calql_ooo.py"},
     "tasks and data": DATA,
-    "run directory": DATA,
+    "run directory": DATA | {"pointmass_didactic.py"},
 }
 
 FENCE = re.compile(r"# === (end )?shared block: (\S.*\S|\S) ===\n")
