@@ -235,7 +235,6 @@ def check_extra(args, runs, extra):
             with redirect_stdout(output), redirect_stderr(output):
                 script = load_script(run)
                 parsed = script.parse_args(run.command[2:])
-                getattr(script, "check_args", lambda args: None)(parsed)
         except SystemExit:  # the script's own line, or a box of tyro's: its title, then what was wrong
             lines = [line.strip("╭╮╰╯│─+-| ") for line in output.getvalue().splitlines()]
             lines = [line for line in lines if line] or ["--help"]
@@ -362,8 +361,8 @@ def finished(run, runs_dir):
         json.loads((path / "results.json").read_text())
         script = load_script(run)
         wanted = json.loads(json.dumps(asdict(script.parse_args(run.command[2:]))))
-        free = getattr(script, "FREE", None) or script.NOT_SETTINGS  # may change when a run is continued
-        changed = [k for k, v in wanted.items() if k not in free and v not in ("auto", saved.get(k))]
+        # FREE may change when a run is continued; what is auto was resolved at the start
+        changed = [k for k, v in wanted.items() if k not in script.FREE and v not in ("auto", saved.get(k))]
     except FileNotFoundError:  # killed before its config was there
         return False
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
