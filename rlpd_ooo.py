@@ -688,8 +688,8 @@ def main(args):
 
 
 def save_policy(run, agent, name):
-    """A policy that load_policy (and nothing else) needs. IQL normalises no observations; actions are the
-    environment's, in [-1, 1]. All networks: for --warm-start, PEX's --init-from and those who analyse the values."""
+    """A policy that load_policy (and nothing else) needs, and the critics. RLPD normalises no observations; actions are
+    the environment's, in [-1, 1]."""
     save_torch(run.path / name, {"script": SCRIPT, "env_id": run.args.env_id, "options": agent.options,
                                  "observation_normalization": None, "agent": agent.state_dict()})
 
