@@ -1249,8 +1249,8 @@ def command_line(settings):
     flat = lambda value: [w for x in value for w in flat(x)] if isinstance(value, tuple) else [str(value)]  # noqa: E731
     for name, value in settings.items():
         flag = name.replace("_", "-")
-        if isinstance(getattr(Args, name), bool) and isinstance(value, bool):
-            yield f"--{flag}" if value else f"--no-{flag}"
+        if isinstance(getattr(Args, name), bool):
+            yield f"--{flag}" if value is True else f"--no-{flag}" if value is False else f"--{flag}={value}"
         else:
             yield from (f"--{flag}", *flat(value)) if isinstance(value, tuple) else (f"--{flag}={value}",)
 
@@ -1352,6 +1352,8 @@ def faster(args, update):
     if args.compile == "on":
         torch.compiler.reset()  # graphs of an earlier phase's networks
         torch._inductor.config.fallback_random = True  # the random numbers of the eager update
+        torch._dynamo.config.trace_autograd_ops = True  # losses, gradients and Adam in one graph: half the time
+        torch._dynamo.config.capture_dynamic_output_shape_ops = True  # RND's number of chosen rows varies
         update = torch.compile(update)
     return CudaGraph(update) if args.cudagraphs else update
 
@@ -1628,6 +1630,7 @@ def provenance(device):
             "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
             "hardware": {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+                         "matmul_precision": torch.get_float32_matmul_precision(),
                          "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None}}
 
 
@@ -1655,6 +1658,8 @@ class Stream:
 @contextmanager
 def one_line_errors():
     """What can end a run from outside, said in one line."""
+    while os.open(os.devnull, os.O_RDWR) < 2:  # a closed stream's number must not become that of a file
+        pass
     sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
     try:
         yield

@@ -227,8 +227,9 @@ def read_all(args):
                 records.append(read_run(path))
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 reason = f"no {error}" if isinstance(error, KeyError) else getattr(error, "strerror", None) or error
-                left_out.append(f"{plain(path.as_posix())} is left out, it cannot be read: {plain(str(reason))}")
-                print(left_out[-1], file=sys.stderr)
+                line = f"{path.as_posix()} is left out, it cannot be read: {reason}"
+                left_out.append(plain(line))
+                print(re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", line), file=sys.stderr)
     if not records:
         fail(f"no run directory (config.json, metrics.jsonl) in {' '.join(args.folders)}; start some with reproduce.py")
     return records, left_out

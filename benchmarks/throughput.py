@@ -1,49 +1,52 @@
 """Speed of a script at a task's real sizes, beside the bare matrix products of one update and beside d3rlpy's IQL.
 
-    python benchmarks/throughput.py --compile --d3rlpy-python benchmarks/.venv/bin/python --out results/throughput.json
-    python benchmarks/throughput.py --device cuda --compile --cudagraphs
-    python benchmarks/throughput.py --env-id halfcheetah-sparse-v2 --out results/throughput_rlpd.json      # rlpd_ooo.py
-    python benchmarks/throughput.py --algorithm calql --env-id pen-binary-v0 --out results/throughput_calql.json
+    python benchmarks/throughput.py --compile on --d3rlpy-python benchmarks/.venv/bin/python --out throughput.json
+    python benchmarks/throughput.py --device cuda --compile on --cudagraphs
+    python benchmarks/throughput.py --script rlpd_ooo --compile on                   # halfcheetah
+    python benchmarks/throughput.py --script calql_ooo --env-id pen-binary-v0
 
 All rows are measured in turns, a short chunk of each, round after round, so that a noisy machine disturbs all alike.
 "x floor" is a row's time divided by its floor's: the median over the rounds, and the best chunk by the best chunk.
+--compile on also times the start of each compiled update, and says from how many updates on it pays.
 """
 
+import importlib
 import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
+from collections import defaultdict
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from shutil import which
 from statistics import median
 from types import SimpleNamespace
 from typing import Literal
 
+import numpy as np
 import torch
 import tyro
+from torch._inductor.utils import fresh_cache
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import calql_ooo  # noqa: E402
-import iql_ooo  # noqa: E402
-import rlpd_ooo  # noqa: E402
 
 CHUNK = 0.1  # seconds
-BUFFER_ROWS = 600_000  # as hammer at the end: 100k offline, 500k online
+START = 20  # updates after which nothing is compiled any more
+OFFLINE, ONLINE = 100_000, 500_000  # rows of the buffer, as hammer at the end
 EXACT = 1e-6  # largest relative error of a product that still counts as float32
 
 
 @dataclass
 class Args:
-    algorithm: Literal["iql", "calql"] = "iql"  # iql_ooo.py or calql_ooo.py; a sparse task is always rlpd_ooo.py's
-    env_id: str = "hammer-truncated-expert-v1"  # gives sizes, settings and environment
+    script: Literal["iql_ooo", "calql_ooo", "rlpd_ooo"] = "iql_ooo"
+    env_id: str = ""  # gives sizes, settings and environment (default: the script's)
     seconds: float = 20.0  # measuring time of each row
     threads: int = 1  # CPU threads of torch
     device: str = "auto"  # auto, cpu or cuda
-    compile: bool = False  # also measure the updates under torch.compile
+    compile: Literal["on", "off"] = "off"  # on: also measure the updates under torch.compile
     cudagraphs: bool = False  # also measure the updates as CUDA graphs (cuda only)
     d3rlpy_python: str = ""  # Python of an environment that has d3rlpy; without it those rows are left out
     cpu_time: bool = False  # count processor time: a rough look on a busy machine (one thread, no GPU)
@@ -57,6 +60,7 @@ class Row:
     chunk: object  # chunk(n) does it n times and returns the seconds that took
     flops: int = 0  # of the matrix products in one
     floor: str = ""  # name of the row to compare with
+    start: float = 0.0  # seconds of the first updates, of a compiled row
     n: int = 1
     times: list = field(default_factory=list)  # seconds for one, of every chunk
 
@@ -169,7 +173,11 @@ class Products:
 def timed(step, device, precision, cpu_time):
     """chunk(n) of a Row for a function without arguments."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    now = time.process_time if cpu_time else time.perf_counter
+
+    def now():
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)  # the compiler
+        used = time.process_time() + children.ru_utime + children.ru_stime
+        return used if cpu_time else time.perf_counter()
 
     def chunk(n):
         torch.set_float32_matmul_precision(precision)
@@ -186,7 +194,8 @@ def timed(step, device, precision, cpu_time):
 def measure(rows, seconds):
     """Fill row.times: a chunk of every row in turn, until each has had its time (at least 3 rounds)."""
     for row in rows:
-        row.chunk(4)  # warm up; compiles and captures
+        with fresh_cache():
+            row.start = row.chunk(START)  # compiles, from nothing, and captures
         row.n = max(1, round(CHUNK / max(row.chunk(2) / 2, 1e-5)))
     for _ in tqdm(range(max(3, round(seconds / CHUNK))), desc=f"{len(rows)} rows", unit="round"):
         for row in rows:
@@ -206,40 +215,38 @@ def choose_precision(products, device, cpu_time, seconds):
 
 
 # === the script's phases ===
-def make_session(settings, device, columns=()):
-    """What open_session of the script builds, with random numbers in the replay buffer instead of a dataset. columns:
-    scalar ones that only this script has."""
-    env = iql_ooo.make_env(settings.env_id)
-    (obs_dim,), (act_dim,) = env.observation_space.shape, env.action_space.shape
-    shapes = dict(observations=(obs_dim,), actions=(act_dim,), rewards=(), next_observations=(obs_dim,),
-                  terminations=(), episodes=(), **dict.fromkeys(columns, ()))
-    buffer = iql_ooo.ReplayBuffer(shapes, BUFFER_ROWS, device)
-    buffer.data.normal_()
+def make_session(script, settings, device, files):
+    """What main of the script builds, with random numbers in the replay buffer instead of a dataset."""
+    env = script.make_env(settings.env_id)
+    obs, action = env.observation_space.shape, env.action_space.shape
+    shapes = dict(observations=obs, actions=action, rewards=(), next_observations=obs, terminations=(), episodes=())
+    if script.SCRIPT == "calql_ooo":
+        shapes["lower_bounds"] = ()
+    data = {name: np.zeros((OFFLINE, *shape), np.float32) for name, shape in shapes.items()}
+    buffer = script.ReplayBuffer(data, ONLINE, device)
+    buffer.data.normal_().clamp_(-1, 1)
     buffer.split(buffer.data)["terminations"].zero_()
-    buffer.size = BUFFER_ROWS
-    return SimpleNamespace(args=settings, device=device, env=env, obs_dim=obs_dim, act_dim=act_dim, buffer=buffer,
-                           progress={"grad_step": 1})
+    buffer.size = OFFLINE + ONLINE
+    replay = open(Path(files) / "replay.bin", "ab", buffering=0)
+    run = SimpleNamespace(args=settings, updates=0, path=Path(files), sizes=defaultdict(int), sums=defaultdict(int),
+                          files={"replay.bin": replay})
+    return SimpleNamespace(script=script, args=settings, device=device, env=env, obs_dim=obs[0], act_dim=action[0],
+                           buffer=buffer, run=run)
 
 
-def learner(s, update, sample=None):
-    """One gradient step as the phases do it: sample, update, keep the losses, look at them every log_every steps."""
-    losses, sample = iql_ooo.LossHistory(), sample or (lambda: s.buffer.sample(s.args.batch_size))
+def learner(s, update, sample):
+    """One gradient step as the phases do it: seed, sample, update, look at the losses every log_every steps."""
+    steps = 0
 
     def step():
-        losses.add(update(sample()))
-        if len(losses.rows) == s.args.log_every:
-            losses.means(s.args.log_every)
+        nonlocal steps
+        s.script.Run.seed(s.run, "benchmark", steps)
+        losses = update(sample())
+        steps += 1
+        if steps % s.args.log_every == 0:
+            [value.item() for value in losses.values()]
 
     return step
-
-
-def retrain_update(s, dropout):
-    """A new exploitation agent with the task's settings, but for the dropout rate."""
-    args = s.args
-    agent = iql_ooo.Agent(s.obs_dim, s.act_dim, args.hidden_dims, args.learning_rate, s.device, dropout=dropout)
-    expectile = iql_ooo.first(args.retrain_expectile, args.expectile)
-    settings = iql_ooo.Settings(args.gamma, args.tau, expectile, args.temperature, q_min=-100.0, q_max=100.0)
-    return iql_ooo.make_update(args, s.buffer, agent, settings)
 
 
 def player(s, choose_action, learn=lambda: None):
@@ -252,8 +259,10 @@ def player(s, choose_action, learn=lambda: None):
         action = choose_action(obs)
         next_obs, reward, terminated, truncated, _ = s.env.step(action)
         s.buffer.size = len(s.buffer.data) - 1
-        s.buffer.add(observations=obs, actions=action, rewards=reward, next_observations=next_obs,
-                     terminations=terminated, episodes=0)
+        others = {"lower_bounds": 0.0} if "lower_bounds" in s.buffer.columns else {}
+        s.script.Run.append(s.run, "replay.bin", s.buffer.add(
+            observations=obs, actions=action, rewards=reward, next_observations=next_obs, terminations=terminated,
+            episodes=0, **others))
         obs = None if terminated or truncated else next_obs
         learn()
 
@@ -261,64 +270,75 @@ def player(s, choose_action, learn=lambda: None):
 
 
 def variants(s, args):
-    """(session, mark in the row's name): with eager updates, and with each of the options that wrap them."""
-    for variant in ["", *(name for name in ("compile", "cudagraphs") if getattr(args, name))]:
-        own = SimpleNamespace(**vars(s))
-        own.args = replace(s.args, **({variant: True} if variant else {}))
-        yield own, f" ({variant})" if variant else ""
+    """(settings, mark in the row's name): eager updates, and each of the options that wrap them."""
+    yield s.args, ""
+    if args.compile == "on":
+        yield replace(s.args, compile="on"), " (compile)"
+    if args.cudagraphs:
+        yield replace(s.args, cudagraphs=True), " (cudagraphs)"
+    if args.compile == "on" and args.cudagraphs:
+        yield replace(s.args, compile="on", cudagraphs=True), " (compile, cudagraphs)"
 
 
 def iql_rows(s, add, args, iql, both):
+    script, buffer, batch = s.script, s.buffer, s.args.batch_size
     add("floor IQL", iql, iql.flops())
     add("floor IQL + RND", both, both.flops())
     for own, mark in variants(s, args):
-        for dropout in sorted({0.0, iql_ooo.first(s.args.retrain_dropout, s.args.dropout)}):
-            step = learner(own, retrain_update(own, dropout))
+        for dropout in sorted({0.0, script.pick(s.args, "dropout", True), 0.1}):
+            agent = script.make_agent(own, buffer, s.device, exploitation=True)
+            update = script.make_update(replace(own, retrain_dropout=dropout), buffer, agent, (-1.0, 1.0),
+                                        exploitation=True)
+            step = learner(s, update, lambda: buffer.sample(batch, buffer.size))
             add(f"retrain{mark}: IQL, dropout {dropout:g}", step, iql.flops(), "floor IQL")
-        iql_ooo.build_explorer(own)
-        step = learner(own, own.explore_update)
+        agent, rnd = script.make_agent(own, buffer, s.device), script.make_rnd(own, buffer, s.device)
+        update = script.make_update(own, buffer, agent, own.q_reward_bounds, rnd)
+        step = learner(s, update, lambda: buffer.sample(batch, buffer.size))
         add(f"pretrain{mark}: IQL + RND", step, both.flops(), "floor IQL + RND")
-        step = player(own, lambda obs, agent=own.explorer: agent.act(obs, sample=True), step)
+        step = player(s, lambda obs, agent=agent: agent.act(obs, sample=True), step)
         add(f"online{mark}: act, environment, IQL + RND", step, both.flops(), "floor IQL + RND")
 
 
 def calql_rows(s, add, args, cql, both):
+    script, buffer, a = s.script, s.buffer, s.args
     add("floor CQL", cql, cql.flops())
     add("floor Cal-QL + RND", both, both.flops())
     for own, mark in variants(s, args):
-        agent = calql_ooo.make_agent(own.args, s.obs_dim, s.act_dim, s.device, unit_features=True)
+        agent = script.make_agent(own, buffer, s.device, exploitation=True)
         agent.q_bounds.copy_(torch.tensor([-100.0, 100.0]))
-        settings = calql_ooo.make_settings(own.args, s.act_dim, calibrate=False)
-        step = learner(own, calql_ooo.make_update(own.args, s.buffer, agent, settings))
+        update = script.make_update(own, buffer, agent, exploitation=True)
+        step = learner(s, update, lambda: script.mixed_rows(buffer, buffer.size, a.batch_size, a.retrain_offline_ratio))
         add(f"retrain{mark}: CQL", step, cql.flops(), "floor CQL")
-        calql_ooo.build_explorer(own)
-        step = learner(own, own.explore_update)
+        agent, rnd = script.make_agent(own, buffer, s.device), script.make_rnd(own, buffer, s.device)
+        agent.q_bounds.copy_(torch.tensor([-np.inf, np.inf]))
+        update = script.make_update(own, buffer, agent, rnd)
+        step = learner(s, update, lambda: script.mixed_rows(buffer, buffer.size, a.batch_size, a.offline_ratio))
         add(f"pretrain{mark}: Cal-QL + RND", step, both.flops(), "floor Cal-QL + RND")
-        step = player(own, lambda obs, agent=own.explorer: agent.act(obs, sample=True), step)
+        step = player(s, lambda obs, agent=agent: agent.act(obs, sample=True), step)
         add(f"online{mark}: act, environment, Cal-QL + RND", step, both.flops(), "floor Cal-QL + RND")
 
 
 def rlpd_rows(s, add, args, rlpd, both):
     """An update is utd_ratio minibatches; the retraining's has one, of batch_size and the upsampled rows."""
-    rows, a = round(s.args.batch_size / (1 - s.args.retrain_upsample)), s.args
+    script, buffer, a = s.script, s.buffer, s.args
+    rows = round(a.batch_size / (1 - a.retrain_upsample))
     sac = Products.sac(s, a.retrain_critics, 1, rows, rnd=False)
     add("floor RLPD", rlpd, rlpd.flops())
     add("floor RLPD + RND", both, both.flops())
     add("floor SAC", sac, sac.flops())
     for own, mark in variants(s, args):
-        for scale, floor, products in ((0.0, "floor RLPD", rlpd), (a.intrinsic_reward_scale, "floor RLPD + RND", both)):
-            one = SimpleNamespace(**vars(own))
-            one.args, one.offline_size = replace(own.args, intrinsic_reward_scale=scale), 0
-            rlpd_ooo.build_explorer(one)
-            sample = partial(rlpd_ooo.sample_symmetric, s.buffer, 0, 0.0, a.utd_ratio, a.batch_size)
-            step = learner(one, one.explore_update, sample)
+        for rnd, floor, products in ((None, "floor RLPD", rlpd),
+                                     (script.make_rnd(own, buffer, s.device), "floor RLPD + RND", both)):
+            agent = script.make_agent(own, buffer, s.device)
+            update = script.make_update(own, buffer, agent, None, rnd, a.utd_ratio)
+            step = learner(s, update, lambda: script.sample_symmetric(buffer, a.utd_ratio, a.batch_size, 0.0))
             name = f"update{mark}: {floor.removeprefix('floor ')}, {a.utd_ratio} minibatches"
             add(name, step, products.flops(), floor)
-        step = player(one, lambda obs, agent=one.explorer: agent.act(obs, sample=True), step)
+        step = player(s, lambda obs, agent=agent: agent.act(obs, sample=True), step)
         add(f"online{mark}: act, environment, RLPD + RND", step, both.flops(), "floor RLPD + RND")
-        agent = rlpd_ooo.make_agent(a, s.obs_dim, s.act_dim, s.device, a.retrain_critics, a.retrain_layer_norm)
-        update = rlpd_ooo.make_update(own.args, s.buffer, agent, rlpd_ooo.make_settings(a, s.act_dim, q_max=100.0))
-        step = learner(own, update, partial(s.buffer.sample, rows))
+        agent = script.make_agent(own, buffer, s.device, exploitation=True)
+        update = script.make_update(own, buffer, agent, (-1.0, 1.0))
+        step = learner(s, update, lambda: buffer.sample(rows, buffer.size))
         add(f"retrain{mark}: SAC", step, sac.flops(), "floor SAC")
 
 
@@ -326,7 +346,7 @@ def start_d3rlpy(python, job):
     """d3rlpy_iql.py in its own Python, waiting for orders: (chunk(row, n), what it says about itself)."""
     command, pipe = [python, Path(__file__).with_name("d3rlpy_iql.py"), json.dumps(job)], subprocess.PIPE
     if not which(python) or subprocess.run([python, "-c", "import d3rlpy"], capture_output=True).returncode:
-        iql_ooo.fail(f"--d3rlpy-python: {python} cannot import d3rlpy; see benchmarks/README.md")
+        sys.exit(f"error: --d3rlpy-python: {python} cannot import d3rlpy; see benchmarks/README.md")
     child = subprocess.Popen(command, text=True, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
     info = json.loads(child.stdout.readline())
 
@@ -358,31 +378,53 @@ def report(rows):
     return results
 
 
+def break_even(rows):
+    """Of each compiled row: the seconds that its start takes, and from how many updates on compiling saves time."""
+    by_name, found = {row.name: row for row in rows}, {}
+    for row in rows:
+        eager = by_name.get(row.name.replace(" (compile)", ""))
+        if eager and eager is not row and not row.name.startswith("online"):  # which continues with pretrain's update
+            slow, fast = median(eager.times), median(row.times)
+            start = row.start - START * fast
+            updates = start / (slow - fast) if slow > fast else None
+            found[row.name] = {"start_seconds": start, "pays_from_updates": updates}
+            print(f"{row.name}: {start:.1f} s to start; " + (f"pays from {updates:,.0f} updates on" if updates else
+                                                              "does not pay"))
+    return found
+
+
 def main(args):
+    script = importlib.import_module(args.script)
     if args.out and not Path(args.out).parent.is_dir():
-        iql_ooo.fail(f"--out {args.out}: there is no such folder")
-    calql = args.algorithm == "calql"
-    script = calql_ooo if calql else iql_ooo if args.env_id in iql_ooo.TASKS else rlpd_ooo
-    settings = script.parse_args(["--env-id", args.env_id, "--device", args.device])
-    script.check_args(replace(settings, cudagraphs=args.cudagraphs))
-    if script is not iql_ooo and args.d3rlpy_python:
+        script.fail(f"--out {args.out}: there is no such folder")
+    if args.script != "iql_ooo" and args.d3rlpy_python:
         script.fail("--d3rlpy-python is for IQL; leave it out here")
-    device, scripts_choice = iql_ooo.setup_torch(replace(settings, torch_threads=args.threads))
-    s = make_session(settings, device, ("mc_returns", "intrinsic_returns") if calql else ())
-    if script is rlpd_ooo:
+    words = ["--device", args.device, "--torch-threads", args.threads, "--compile", "off"]
+    settings = script.parse_args([*words, *(["--env-id", args.env_id] if args.env_id else [])])
+    device = script.setup_torch(replace(settings, cudagraphs=args.cudagraphs, compile=args.compile))
+    if args.cpu_time:
+        torch._inductor.config.compile_threads = 1
+    with tempfile.TemporaryDirectory() as files:  # of replay.bin
+        run(args, script, settings, device, files)
+
+
+def run(args, script, settings, device, files):
+    s = make_session(script, settings, device, files)
+    products = {"iql_ooo": Products.iql, "calql_ooo": Products.calql}.get(args.script)
+    if products:
+        small, largest = (products(s, rnd) for rnd in (False, True))
+        probe = largest
+    else:
         small, largest = (Products.sac(s, settings.num_qs, settings.utd_ratio, settings.batch_size, rnd)
                           for rnd in (False, True))
         probe = Products.sac(s, settings.num_qs, 1, settings.batch_size, rnd=True)  # the same kernels, 20 times faster
-    else:
-        small, largest = ((Products.calql if calql else Products.iql)(s, rnd) for rnd in (False, True))
-        probe = largest
     precision, precisions = choose_precision(probe, device, args.cpu_time, min(args.seconds, 3.0))
 
     def add(name, step, flops, floor="", precision=precision):
         rows.append(Row(name, timed(step, device, precision, args.cpu_time), flops, floor))
 
     rows = []
-    {rlpd_ooo: rlpd_rows, calql_ooo: calql_rows, iql_ooo: iql_rows}[script](s, add, args, small, largest)
+    {"rlpd_ooo": rlpd_rows, "calql_ooo": calql_rows, "iql_ooo": iql_rows}[args.script](s, add, args, small, largest)
     add("environment step, stored", player(s, lambda obs: s.env.action_space.sample()), 0)
     for name in (name for name in precisions if name != precision):  # for information
         inexact = "not float32, " if precisions[name]["relative_error"] >= EXACT else ""
@@ -395,21 +437,23 @@ def main(args):
     rows = [row for row in rows if args.rows in row.name or not row.floor and row.flops]
     measure(rows, args.seconds)
 
-    print(f"{args.env_id}: obs {s.obs_dim}, act {s.act_dim}, batch {settings.batch_size}, {args.threads} thread(s); "
-          f"{small.flops() / 1e6:.0f} MFLOP for an update, {largest.flops() / 1e6:.0f} with RND; setting {precision} "
-          f"(the script itself takes {scripts_choice} here); relative errors of torch's settings: "
+    print(f"{settings.env_id}: obs {s.obs_dim}, act {s.act_dim}, batch {settings.batch_size}, {args.threads} "
+          f"thread(s); {small.flops() / 1e6:.0f} MFLOP for an update, {largest.flops() / 1e6:.0f} with RND; setting "
+          f"{precision}; relative errors of torch's settings: "
           + ", ".join(f"{name} {found['relative_error']:.0e}" for name, found in precisions.items()) + "\n")
     results = report(rows)
+    starts = break_even(rows)
     memory = {"peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # bytes
-              "cuda_peak": torch.cuda.max_memory_allocated(), "replay_buffer": s.buffer.bytes}
+              "cuda_peak": torch.cuda.max_memory_allocated(),
+              "replay_buffer": s.buffer.data.numel() * s.buffer.data.element_size()}
     print("\nmemory in MiB: " + ", ".join(f"{name} {value / 2**20:.0f}" for name, value in memory.items()))
     print(f"d3rlpy: {d3rlpy or 'not measured'}")
     if args.out:
-        text = json.dumps(dict(iql_ooo.provenance(device, precision), args=asdict(args), precisions=precisions,
-            rows=results, scripts_precision=scripts_choice, memory_bytes=memory, d3rlpy=d3rlpy), indent=1)
+        text = json.dumps(dict(script.provenance(device), precision=precision, args=asdict(args),
+            precisions=precisions, rows=results, compile=starts, memory_bytes=memory, d3rlpy=d3rlpy), indent=1)
         for path in filter(None, (args.d3rlpy_python, args.out)):  # where files lie on this machine is no result
             text = text.replace(path, Path(path).name)
-        iql_ooo.atomic_write(args.out, text.encode())
+        script.atomic_write(args.out, text.encode())
 
 
 if __name__ == "__main__":

@@ -151,7 +151,7 @@ def test_unfinished_runs_count_only_when_asked(tmp_path):
     (dict(versions={**VERSIONS, "torch": "2.0.0"}), ["version of torch 2.13.0 and 2.0.0"]),
     (dict(commit="0" * 12), ["script"]),
     (dict(dataset={"sha256": "1", "source": "s"}), ["data 0 and 1"]),
-    (dict(flags=("--online-steps", "1000")), ["online_steps 500000 and 1000"]),
+    (dict(flags=("--online-steps", "1000", "--save-at", "500")), ["online_steps 500000 and 1000"]),
 ])
 def test_mixed_runs_are_never_averaged(tmp_path, capsys, change, words):
     paths = [make_run(tmp_path / "runs", "pex", HAMMER, 1, {500: 10.0}),
