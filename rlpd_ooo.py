@@ -1632,8 +1632,8 @@ class Stream:
 @contextmanager
 def one_line_errors():
     """What can end a run from outside, said in one line."""
-    while os.open(os.devnull, os.O_RDWR) < 2:  # a closed stream's number must not become that of a file
-        pass
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # a closed stream's number must not become that of a file
+        os.set_inheritable(number, True)
     sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
     try:
         yield
