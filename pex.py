@@ -1229,8 +1229,6 @@ def faster(args, update):
     if args.compile == "on":
         torch.compiler.reset()  # graphs of an earlier phase's networks
         torch._inductor.config.fallback_random = True  # the random numbers of the eager update
-        torch._dynamo.config.trace_autograd_ops = True  # losses, gradients and Adam in one graph: half the time
-        torch._dynamo.config.capture_dynamic_output_shape_ops = True  # RND's number of chosen rows varies
         update = torch.compile(update)
     return CudaGraph(update) if args.cudagraphs else update
 
