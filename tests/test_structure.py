@@ -295,7 +295,7 @@ def test_make_run_command_parses(monkeypatch):
     for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "RUN_ARGS"):  # left by a `make test` around this
         monkeypatch.delenv(name, raising=False)
     result = subprocess.run(["make", "-n", "run"], cwd=ROOT, capture_output=True, text=True, check=True)
-    commands = commands_in(result.stdout)
+    commands = commands_in(re.sub(r"\\\n\s*", "", result.stdout))
     assert [script for script, _ in commands] == ["iql_ooo.py"] * 2  # a seed each
     parse(*commands[0], monkeypatch)
 
