@@ -162,6 +162,9 @@ def mistakes(args):
     )
 
 
+COMPILE_PAYS = 20_000  # updates from which --compile auto is on: it saves more than it takes (docs/speed.md)
+
+
 def count_updates(args):
     """Gradient steps of the whole run."""
     return (0 if args.exploit_only else args.offline_steps + args.online_steps) + args.retrain_steps
@@ -844,7 +847,6 @@ def read_config(run_dir, scripts=(SCRIPT,)):
 # --- run directory, metrics, checkpoint ---
 OWN = ("resume", "track", "wandb_project", "wandb_mode", "runs_dir", "video", "device", "torch_threads")
 FREE = (*OWN, "log_every", "checkpoint_every", "dataset_path")  # bear on no number (the data's SHA-256 does)
-COMPILE_PAYS = 20_000  # updates from which torch.compile saves more time than it takes (docs/speed.md)
 
 
 def derive_seed(seed, *place):
@@ -887,7 +889,7 @@ def setup_torch(args):
     if args.compile == "auto":
         updates = count_updates(args)
         args.compile = "on" if compiler and updates >= COMPILE_PAYS else "off"
-        print(f"--compile auto: {args.compile} ({updates:,} updates; pays from {COMPILE_PAYS:,}, with a C++ compiler)")
+        print(f"--compile auto: {args.compile} ({updates:,} updates; on from {COMPILE_PAYS:,}, with a C++ compiler)")
     elif args.compile == "on" and not compiler:
         fail("--compile on needs a C++ compiler, and there is none: install g++, or leave it off")
     return device
