@@ -227,6 +227,7 @@ class Args:
 
 BUDGETS = ("offline_steps", "online_steps", "retrain_at", "retrain_steps", "eval_every", "log_every",
            "checkpoint_every")  # --scale multiplies these
+COMPILE_PAYS = np.inf  # updates from which --compile auto is on: it gains nothing here (docs/speed.md)
 TINY = 1e-9  # open ends of intervals
 RANGES = {  # closed interval of every number in Args (None is allowed where it is the default; NaN lies in none)
     (0, 2**32 - 1): "seed",
@@ -259,9 +260,6 @@ def mistakes(args):
         (args.exploit_only and args.eval_only, "give --exploit-only or --eval-only, not both"),
         (args.exploit_only and not args.retrain_at, "--exploit-only needs --retrain-at"),
     )
-
-
-COMPILE_PAYS = np.inf  # updates from which --compile auto is on: it gains nothing here (docs/speed.md)
 
 
 def count_updates(args):

@@ -204,6 +204,7 @@ class Args:
 
 BUDGETS = ("offline_steps", "online_steps", "learning_starts", "save_at", "eval_every", "log_every",
            "checkpoint_every")  # --scale multiplies these
+COMPILE_PAYS = np.inf  # updates from which --compile auto is on: as in iql_ooo.py, it gains nothing (docs/speed.md)
 TINY = 1e-9  # open ends of intervals
 RANGES = {  # closed interval of every number in Args (None is allowed where it is the default; NaN lies in none)
     (0, 2**32 - 1): "seed",
@@ -230,9 +231,6 @@ def mistakes(args):
         (last > args.online_steps, f"--save-at {last} lies outside the online budget of {args.online_steps} steps"),
         (args.q_reward_bounds and args.q_reward_bounds[0] > args.q_reward_bounds[1], "--q-reward-bounds must rise"),
     )
-
-
-COMPILE_PAYS = np.inf  # updates from which --compile auto is on: as in iql_ooo.py, it gains nothing (docs/speed.md)
 
 
 def count_updates(args):

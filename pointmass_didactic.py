@@ -137,6 +137,7 @@ class Args:
 
 BUDGETS = ("offline_steps", "online_steps", "retrain_steps", "eval_every", "log_every",
            "checkpoint_every")  # --scale multiplies these
+COMPILE_PAYS = 20_000  # updates from which --compile auto is on: it saves more than it takes (docs/speed.md)
 TINY = 1e-9  # open ends of intervals
 RANGES = {  # closed interval of every number in Args (None is allowed where it is the default; NaN lies in none)
     (0, 2**32 - 1): "seed",
@@ -160,9 +161,6 @@ def mistakes(args):
         (list(args.bonus_coef) != sorted(set(args.bonus_coef)), "--bonus-coef must rise"),
         (args.retrain_upsample > args.retrain_batch_size, "--retrain-upsample is more than --retrain-batch-size"),
     )
-
-
-COMPILE_PAYS = 20_000  # updates from which --compile auto is on: it saves more than it takes (docs/speed.md)
 
 
 def count_updates(args):

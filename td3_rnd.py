@@ -202,6 +202,7 @@ class Args:
 
 
 BUDGETS = ("online_steps", "save_at", "eval_every", "log_every", "checkpoint_every")  # --scale multiplies these
+COMPILE_PAYS = np.inf  # updates from which --compile auto is on: as in iql_ooo.py, it gains nothing (docs/speed.md)
 TINY = 1e-9  # open ends of intervals
 RANGES = {  # closed interval of every number in Args (None is allowed where it is the default; NaN lies in none)
     (0, 2**32 - 1): "seed",
@@ -225,9 +226,6 @@ def mistakes(args):
         (list(args.save_at) != sorted(set(args.save_at)), "--save-at must rise"),
         (last > args.online_steps, f"--save-at {last} lies outside the online budget of {args.online_steps} steps"),
     )
-
-
-COMPILE_PAYS = np.inf  # updates from which --compile auto is on: as in iql_ooo.py, it gains nothing (docs/speed.md)
 
 
 def count_updates(args):
