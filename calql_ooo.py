@@ -388,13 +388,10 @@ class Agent(nn.Module):
         self.log_alpha_prime = nn.Parameter(torch.tensor(1.0)) if options.get("lagrange") else None
         self.register_buffer("q_bounds", torch.tensor([-INF, INF]))  # widened in the online phase
         self.to(device)
-        self.policy_parameters = [*self.actor.parameters(), self.log_alpha]
-        self.critic_parameters = [*self.critic.parameters(),
-                                  *([self.log_alpha_prime] if self.log_alpha_prime is not None else [])]
-        self.optimizer = torch.optim.Adam([{"params": self.policy_parameters, "lr": actor_learning_rate},
-                                           {"params": self.critic_parameters, "lr": learning_rate}],
-                                          fused=True, capturable=device.type == "cuda")
-        self.optimizers = (self.optimizer,)
+        policy, critics = [*self.actor.parameters(), self.log_alpha], [*self.critic.parameters()]
+        self.policy_optimizer = Adam(policy, actor_learning_rate)
+        self.critic_optimizer = Adam(critics + [self.log_alpha_prime] * options.get("lagrange", False), learning_rate)
+        self.optimizers = (self.policy_optimizer, self.critic_optimizer)
 
     @torch.no_grad()
     def act(self, obs, sample=False):
@@ -492,9 +489,8 @@ def calql_update(args, agent, batch, bonus=0.0, calibrate=True):
     """One step of all networks, then the targets move. Returns detached scalars; see calql_losses."""
     noise = draw_noise(batch["actions"], args.cql_actions, args.cql_actions if args.max_target_backup else 1)
     policy_loss, critic_loss, info = calql_losses(args, agent, batch, noise, bonus, calibrate)
-    agent.optimizer.zero_grad()
-    (policy_loss + critic_loss).backward()
-    agent.optimizer.step()
+    agent.policy_optimizer.minimize(policy_loss)  # first: its graph holds the critics as they are
+    agent.critic_optimizer.minimize(critic_loss)
     agent.update_target(args.tau)
     return info
 
@@ -515,8 +511,7 @@ class RND(nn.Module):
             self.register_buffer(f"{name}_var", torch.ones(dim, dtype=torch.float64))
             self.register_buffer(f"{name}_count", torch.full((1,), count, dtype=torch.float64))
         self.to(device)
-        self.optimizer = torch.optim.Adam(self.predictor.parameters(), learning_rate, fused=True,
-                                          capturable=device.type == "cuda")
+        self.optimizer = Adam(self.predictor.parameters(), learning_rate)
         self.optimizers = (self.optimizer,)
 
     def update_running(self, name, x):
@@ -568,9 +563,7 @@ class RND(nn.Module):
         rows = mask.nonzero().squeeze(1) if z.device.type == "cpu" else slice(None)
         error = (self.predictor(z[rows]) - features[rows]).square().mean(-1)
         loss = (error * mask[rows]).sum() / mask.sum().clamp(min=1)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+        self.optimizer.minimize(loss)
         return rewards, loss.detach()
 
 
@@ -1528,11 +1521,39 @@ def setup_torch(args):
     return device
 
 
+class Adam(torch.optim.Adam):
+    """torch's fused Adam. minimize() is one step, also within a compiled update, which step() would break apart."""
+
+    def __init__(self, parameters, learning_rate):
+        super().__init__(parameters, learning_rate, fused=True)
+        for p in self.param_groups[0]["params"]:
+            self.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
+                             "exp_avg_sq": torch.zeros_like(p)}
+
+    def minimize(self, loss):
+        """One step along the gradient of the scalar loss with respect to these parameters alone."""
+        group = self.param_groups[0]
+        parameters, rate, eps, (beta1, beta2) = group["params"], group["lr"], group["eps"], group["betas"]
+        gradients = torch.autograd.grad(loss, parameters)
+        states = [self.state[p] for p in parameters]
+        steps, means, squares = ([state[name] for state in states] for name in ("step", "exp_avg", "exp_avg_sq"))
+        with torch.no_grad():
+            torch._foreach_add_(steps, 1.0)
+            if not torch.compiler.is_compiling():
+                return torch._fused_adam_(parameters, gradients, means, squares, [], steps, lr=rate, beta1=beta1,
+                                          beta2=beta2, weight_decay=0.0, eps=eps, amsgrad=False, maximize=False)
+            for p, g, m, v, n in zip(parameters, gradients, means, squares, steps, strict=True):  # the same, traceable
+                m.lerp_(g, 1 - beta1)
+                v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+                p.sub_(rate / (1 - beta1**n) * m / ((v / (1 - beta2**n)).sqrt() + eps))
+
+
 def faster(args, update):
     """update(rows) -> losses as --compile and --cudagraphs want it."""
     if args.compile == "on":
         torch.compiler.reset()  # graphs of an earlier phase's networks
         torch._inductor.config.fallback_random = True  # the random numbers of the eager update
+        torch._dynamo.config.trace_autograd_ops = torch._dynamo.config.capture_dynamic_output_shape_ops = True
         update = torch.compile(update)
     return CudaGraph(update) if args.cudagraphs else update
 

@@ -227,7 +227,7 @@ class Args:
 
 BUDGETS = ("offline_steps", "online_steps", "retrain_at", "retrain_steps", "eval_every", "log_every",
            "checkpoint_every")  # --scale multiplies these
-COMPILE_PAYS = np.inf  # updates from which --compile auto is on: it gains nothing here (docs/speed.md)
+COMPILE_PAYS = 20_000  # updates from which --compile auto is on: it saves more than it takes (docs/speed.md)
 TINY = 1e-9  # open ends of intervals
 RANGES = {  # closed interval of every number in Args (None is allowed where it is the default; NaN lies in none)
     (0, 2**32 - 1): "seed",
@@ -346,10 +346,10 @@ class Agent(nn.Module):
         self.critic_target.requires_grad_(False)
         self.value = MLP((obs_dim, *hidden_dims, 1))
         self.to(device)
-        adam = dict(lr=learning_rate, fused=True, capturable=device.type == "cuda")
-        self.value_optimizer = torch.optim.Adam(self.value.parameters(), **adam)
-        self.optimizer = torch.optim.Adam([*self.critic.parameters(), *self.actor.parameters()], **adam)
-        self.optimizers = (self.value_optimizer, self.optimizer)
+        self.value_optimizer = Adam(self.value.parameters(), learning_rate)
+        self.critic_optimizer = Adam(self.critic.parameters(), learning_rate)
+        self.actor_optimizer = Adam(self.actor.parameters(), learning_rate)
+        self.optimizers = (self.value_optimizer, self.critic_optimizer, self.actor_optimizer)
 
     @torch.no_grad()
     def act(self, obs, sample=False):
@@ -383,8 +383,7 @@ class RND(nn.Module):
             self.register_buffer(f"{name}_var", torch.ones(dim, dtype=torch.float64))
             self.register_buffer(f"{name}_count", torch.full((1,), count, dtype=torch.float64))
         self.to(device)
-        self.optimizer = torch.optim.Adam(self.predictor.parameters(), learning_rate, fused=True,
-                                          capturable=device.type == "cuda")
+        self.optimizer = Adam(self.predictor.parameters(), learning_rate)
         self.optimizers = (self.optimizer,)
 
     def update_running(self, name, x):
@@ -427,9 +426,7 @@ class RND(nn.Module):
         else:
             error = (self.predictor(z) - self.target(z)).square().mean(-1)
             loss = (error * mask).sum() / mask.sum().clamp(min=1)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+        self.optimizer.minimize(loss)
         # --- Rewards after the step (IQL code), and the statistics: see rnd_normalizer ---
         with torch.no_grad():
             rewards = self.errors(z)
@@ -463,9 +460,7 @@ def iql_update(agent, batch, bonus=0.0, *, expectile, temperature, gamma, tau, d
     # --- V: expectile regression toward the (bounded) target Q ---
     v = agent.value(observations).squeeze(-1)
     value_loss = expectile_loss(q_target.clamp(q_min, q_max).amin(0) - v, expectile)
-    agent.value_optimizer.zero_grad()
-    value_loss.backward()
-    agent.value_optimizer.step()
+    agent.value_optimizer.minimize(value_loss)
     # --- Target: the new V; masks is 0 only at true terminals. The bonus comes after the clip (official code) ---
     with torch.no_grad():
         next_v, v = agent.value(torch.cat([batch["next_observations"], observations])).squeeze(-1).chunk(2)
@@ -473,13 +468,12 @@ def iql_update(agent, batch, bonus=0.0, *, expectile, temperature, gamma, tau, d
     # --- Q: mean over the ensemble and the batch ---
     q = agent.critic(observations, actions)
     critic_loss = (q - target).square().mean()
+    agent.critic_optimizer.minimize(critic_loss)
     # --- Policy: advantage-weighted regression (eq. 3); the advantage is not clipped to the bounds ---
     advantage = q_target.amin(0) - v
     weight = (temperature * advantage).exp().clamp(max=100.0)
     actor_loss = -(weight * agent.actor.log_prob(observations, actions, dropout)).mean()
-    agent.optimizer.zero_grad()
-    (critic_loss + actor_loss).backward()  # no parameter is in both
-    agent.optimizer.step()
+    agent.actor_optimizer.minimize(actor_loss)
     agent.update_target(tau)
     return {"losses/value": value_loss.detach(), "losses/critic": critic_loss.detach(),
             "losses/actor": actor_loss.detach(), "losses/q_mean": q.detach().mean(), "losses/v_mean": v.mean(),
@@ -501,13 +495,11 @@ def td3_update(agent, batch, bonus=0.0, *, gamma, tau, dropout=0.0, noise=None):
         target = batch["rewards"] + gamma * batch["masks"] * next_q + bonus
     # --- Policy: mean of both critics, which get no gradient from it ---
     actor_loss = -agent.critic(observations, agent.actor.act(observations, noise[1], dropout)).mean()
-    agent.optimizer.zero_grad()
-    actor_loss.backward(inputs=list(agent.actor.parameters()))
+    agent.actor_optimizer.minimize(actor_loss)
     # --- Q ---
     q = agent.critic(observations, actions)
     critic_loss = (q - target).square().mean()
-    critic_loss.backward()
-    agent.optimizer.step()
+    agent.critic_optimizer.minimize(critic_loss)
     agent.update_target(tau)
     return {"losses/critic": critic_loss.detach(), "losses/actor": actor_loss.detach(),
             "losses/q_mean": q.detach().mean()}
@@ -1347,11 +1339,39 @@ def setup_torch(args):
     return device
 
 
+class Adam(torch.optim.Adam):
+    """torch's fused Adam. minimize() is one step, also within a compiled update, which step() would break apart."""
+
+    def __init__(self, parameters, learning_rate):
+        super().__init__(parameters, learning_rate, fused=True)
+        for p in self.param_groups[0]["params"]:
+            self.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
+                             "exp_avg_sq": torch.zeros_like(p)}
+
+    def minimize(self, loss):
+        """One step along the gradient of the scalar loss with respect to these parameters alone."""
+        group = self.param_groups[0]
+        parameters, rate, eps, (beta1, beta2) = group["params"], group["lr"], group["eps"], group["betas"]
+        gradients = torch.autograd.grad(loss, parameters)
+        states = [self.state[p] for p in parameters]
+        steps, means, squares = ([state[name] for state in states] for name in ("step", "exp_avg", "exp_avg_sq"))
+        with torch.no_grad():
+            torch._foreach_add_(steps, 1.0)
+            if not torch.compiler.is_compiling():
+                return torch._fused_adam_(parameters, gradients, means, squares, [], steps, lr=rate, beta1=beta1,
+                                          beta2=beta2, weight_decay=0.0, eps=eps, amsgrad=False, maximize=False)
+            for p, g, m, v, n in zip(parameters, gradients, means, squares, steps, strict=True):  # the same, traceable
+                m.lerp_(g, 1 - beta1)
+                v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+                p.sub_(rate / (1 - beta1**n) * m / ((v / (1 - beta2**n)).sqrt() + eps))
+
+
 def faster(args, update):
     """update(rows) -> losses as --compile and --cudagraphs want it."""
     if args.compile == "on":
         torch.compiler.reset()  # graphs of an earlier phase's networks
         torch._inductor.config.fallback_random = True  # the random numbers of the eager update
+        torch._dynamo.config.trace_autograd_ops = torch._dynamo.config.capture_dynamic_output_shape_ops = True
         update = torch.compile(update)
     return CudaGraph(update) if args.cudagraphs else update
 

@@ -316,10 +316,10 @@ class Agent(nn.Module):
         self.critic_target.requires_grad_(False)
         self.value = MLP((obs_dim, *hidden_dims, 1))
         self.to(device)
-        adam = dict(lr=learning_rate, fused=True, capturable=device.type == "cuda")
-        self.value_optimizer = torch.optim.Adam(self.value.parameters(), **adam)
-        self.optimizer = torch.optim.Adam([*self.critic.parameters(), *self.actor.parameters()], **adam)
-        self.optimizers = (self.value_optimizer, self.optimizer)
+        self.value_optimizer = Adam(self.value.parameters(), learning_rate)
+        self.critic_optimizer = Adam(self.critic.parameters(), learning_rate)
+        self.actor_optimizer = Adam(self.actor.parameters(), learning_rate)
+        self.optimizers = (self.value_optimizer, self.critic_optimizer, self.actor_optimizer)
 
     @torch.no_grad()
     def act(self, obs, sample=False):
@@ -351,10 +351,10 @@ class PEXAgent(nn.Module):
         self.critic_target.requires_grad_(False)
         self.inv_temperature, self.epsilon = inv_temperature, epsilon
         self.to(device)
-        adam = dict(lr=learning_rate, fused=True, capturable=device.type == "cuda")
-        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), **adam)
-        self.optimizer = torch.optim.Adam([*self.critic.parameters(), *self.value.parameters()], **adam)
-        self.optimizers = (self.actor_optimizer, self.optimizer)
+        self.actor_optimizer = Adam(self.actor.parameters(), learning_rate)
+        self.critic_optimizer = Adam(self.critic.parameters(), learning_rate)
+        self.value_optimizer = Adam(self.value.parameters(), learning_rate)
+        self.optimizers = (self.actor_optimizer, self.critic_optimizer, self.value_optimizer)
 
     def take_over(self, offline):
         """Policy, Q and V of the Agent of the offline phase."""
@@ -417,9 +417,7 @@ def iql_update(agent, batch, bonus=0.0, *, expectile, temperature, gamma, tau, d
     # --- V: expectile regression toward the (bounded) target Q ---
     v = agent.value(observations).squeeze(-1)
     value_loss = expectile_loss(q_target.clamp(q_min, q_max).amin(0) - v, expectile)
-    agent.value_optimizer.zero_grad()
-    value_loss.backward()
-    agent.value_optimizer.step()
+    agent.value_optimizer.minimize(value_loss)
     # --- Target: the new V; masks is 0 only at true terminals. The bonus comes after the clip (official code) ---
     with torch.no_grad():
         next_v, v = agent.value(torch.cat([batch["next_observations"], observations])).squeeze(-1).chunk(2)
@@ -427,13 +425,12 @@ def iql_update(agent, batch, bonus=0.0, *, expectile, temperature, gamma, tau, d
     # --- Q: mean over the ensemble and the batch ---
     q = agent.critic(observations, actions)
     critic_loss = (q - target).square().mean()
+    agent.critic_optimizer.minimize(critic_loss)
     # --- Policy: advantage-weighted regression (eq. 3); the advantage is not clipped to the bounds ---
     advantage = q_target.amin(0) - v
     weight = (temperature * advantage).exp().clamp(max=100.0)
     actor_loss = -(weight * agent.actor.log_prob(observations, actions, dropout)).mean()
-    agent.optimizer.zero_grad()
-    (critic_loss + actor_loss).backward()  # no parameter is in both
-    agent.optimizer.step()
+    agent.actor_optimizer.minimize(actor_loss)
     agent.update_target(tau)
     return {"losses/value": value_loss.detach(), "losses/critic": critic_loss.detach(),
             "losses/actor": actor_loss.detach(), "losses/q_mean": q.detach().mean(), "losses/v_mean": v.mean(),
@@ -458,9 +455,8 @@ def pex_update(agent, batch, *, expectile, temperature, gamma, tau, q_min=-np.in
     value_loss = expectile_loss(q_target - agent.value(observations).squeeze(-1), expectile)
     q = agent.critic(observations, actions)
     critic_loss = (q - target).square().mean()
-    agent.optimizer.zero_grad()
-    (value_loss + critic_loss).backward()  # no parameter is in both
-    agent.optimizer.step()
+    agent.value_optimizer.minimize(value_loss)
+    agent.critic_optimizer.minimize(critic_loss)
     agent.update_target(tau)
     # --- Policy: advantage-weighted regression on composed actions, not on those of the batch ---
     noise = torch.randn_like(actions) if noise is None else noise
@@ -471,9 +467,7 @@ def pex_update(agent, batch, *, expectile, temperature, gamma, tau, q_min=-np.in
         advantage = agent.critic_target(observations, composed).amin(0) - v
         weight = (temperature * advantage).exp().clamp(max=100.0)
     actor_loss = -(weight * agent.actor.log_prob(observations, composed)).mean()
-    agent.actor_optimizer.zero_grad()
-    actor_loss.backward()
-    agent.actor_optimizer.step()
+    agent.actor_optimizer.minimize(actor_loss)
     return {"losses/value": value_loss.detach(), "losses/critic": critic_loss.detach(),
             "losses/actor": actor_loss.detach(), "losses/q_mean": q.detach().mean(), "losses/v_mean": v.mean(),
             "losses/advantage_mean": advantage.mean(), "pex/learnt_share": from_learnt.float().mean()}
@@ -1224,11 +1218,39 @@ def setup_torch(args):
     return device
 
 
+class Adam(torch.optim.Adam):
+    """torch's fused Adam. minimize() is one step, also within a compiled update, which step() would break apart."""
+
+    def __init__(self, parameters, learning_rate):
+        super().__init__(parameters, learning_rate, fused=True)
+        for p in self.param_groups[0]["params"]:
+            self.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
+                             "exp_avg_sq": torch.zeros_like(p)}
+
+    def minimize(self, loss):
+        """One step along the gradient of the scalar loss with respect to these parameters alone."""
+        group = self.param_groups[0]
+        parameters, rate, eps, (beta1, beta2) = group["params"], group["lr"], group["eps"], group["betas"]
+        gradients = torch.autograd.grad(loss, parameters)
+        states = [self.state[p] for p in parameters]
+        steps, means, squares = ([state[name] for state in states] for name in ("step", "exp_avg", "exp_avg_sq"))
+        with torch.no_grad():
+            torch._foreach_add_(steps, 1.0)
+            if not torch.compiler.is_compiling():
+                return torch._fused_adam_(parameters, gradients, means, squares, [], steps, lr=rate, beta1=beta1,
+                                          beta2=beta2, weight_decay=0.0, eps=eps, amsgrad=False, maximize=False)
+            for p, g, m, v, n in zip(parameters, gradients, means, squares, steps, strict=True):  # the same, traceable
+                m.lerp_(g, 1 - beta1)
+                v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+                p.sub_(rate / (1 - beta1**n) * m / ((v / (1 - beta2**n)).sqrt() + eps))
+
+
 def faster(args, update):
     """update(rows) -> losses as --compile and --cudagraphs want it."""
     if args.compile == "on":
         torch.compiler.reset()  # graphs of an earlier phase's networks
         torch._inductor.config.fallback_random = True  # the random numbers of the eager update
+        torch._dynamo.config.trace_autograd_ops = torch._dynamo.config.capture_dynamic_output_shape_ops = True
         update = torch.compile(update)
     return CudaGraph(update) if args.cudagraphs else update
 

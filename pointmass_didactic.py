@@ -289,10 +289,10 @@ class Agents(nn.Module):
         self.critic_target.load_state_dict(self.critic.state_dict())
         self.critic_target.requires_grad_(False)
         self.to(device)
-        adam = dict(lr=args.learning_rate, fused=True, capturable=device.type == "cuda")
-        self.value_optimizer = torch.optim.Adam(self.value.parameters(), **adam)
-        self.optimizer = torch.optim.Adam([*self.critic.parameters(), *self.actor.parameters(), self.log_std], **adam)
-        self.optimizers = (self.value_optimizer, self.optimizer)
+        self.value_optimizer = Adam(self.value.parameters(), args.learning_rate)
+        self.critic_optimizer = Adam(self.critic.parameters(), args.learning_rate)
+        self.actor_optimizer = Adam([*self.actor.parameters(), self.log_std], args.learning_rate)
+        self.optimizers = (self.value_optimizer, self.critic_optimizer, self.actor_optimizer)
 
     def features(self, positions):
         """What the networks see of positions (members, batch, 2): the positions themselves, and sines and cosines of
@@ -336,9 +336,7 @@ def iql_update(agents, batch, bonus=0.0, *, expectile, temperature, gamma, tau):
         q_target = agents.critic_target(pairs).view(2, *actions.shape[:2]).amin(0)
     # --- V: expectile regression toward the target Q ---
     value_loss = expectile_loss(q_target - agents.value(observations).squeeze(-1), expectile).mean(1)
-    agents.value_optimizer.zero_grad()
-    value_loss.sum().backward()
-    agents.value_optimizer.step()
+    agents.value_optimizer.minimize(value_loss.sum())
     # --- Target: the new V; masks is 0 only at the goal, so the time limit still bootstraps ---
     with torch.no_grad():
         v, next_v = agents.value(both).squeeze(-1).chunk(2, 1)
@@ -346,14 +344,13 @@ def iql_update(agents, batch, bonus=0.0, *, expectile, temperature, gamma, tau):
     # --- Q ---
     q = agents.critic(pairs).view(2, *actions.shape[:2])
     critic_loss = (q - target).square().mean((0, 2))
+    agents.critic_optimizer.minimize(critic_loss.sum())
     # --- Policy: advantage-weighted regression (eq. 3); constants of the log-density are left out ---
     weight = (temperature * (q_target - v)).exp().clamp(max=100.0)
     std = agents.std()
     z = (actions - agents.actor(observations).tanh()) / std
     actor_loss = (weight * (0.5 * z.square() + std.log()).sum(-1)).mean(1)
-    agents.optimizer.zero_grad()
-    (critic_loss + actor_loss).sum().backward()  # no parameter is in both
-    agents.optimizer.step()
+    agents.actor_optimizer.minimize(actor_loss.sum())
     agents.update_target(tau)
     return {"losses/value": value_loss.detach().mean(), "losses/critic": critic_loss.detach().mean(),
             "losses/actor": actor_loss.detach().mean(), "losses/v_mean": v.mean()}
@@ -893,11 +890,39 @@ def setup_torch(args):
     return device
 
 
+class Adam(torch.optim.Adam):
+    """torch's fused Adam. minimize() is one step, also within a compiled update, which step() would break apart."""
+
+    def __init__(self, parameters, learning_rate):
+        super().__init__(parameters, learning_rate, fused=True)
+        for p in self.param_groups[0]["params"]:
+            self.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
+                             "exp_avg_sq": torch.zeros_like(p)}
+
+    def minimize(self, loss):
+        """One step along the gradient of the scalar loss with respect to these parameters alone."""
+        group = self.param_groups[0]
+        parameters, rate, eps, (beta1, beta2) = group["params"], group["lr"], group["eps"], group["betas"]
+        gradients = torch.autograd.grad(loss, parameters)
+        states = [self.state[p] for p in parameters]
+        steps, means, squares = ([state[name] for state in states] for name in ("step", "exp_avg", "exp_avg_sq"))
+        with torch.no_grad():
+            torch._foreach_add_(steps, 1.0)
+            if not torch.compiler.is_compiling():
+                return torch._fused_adam_(parameters, gradients, means, squares, [], steps, lr=rate, beta1=beta1,
+                                          beta2=beta2, weight_decay=0.0, eps=eps, amsgrad=False, maximize=False)
+            for p, g, m, v, n in zip(parameters, gradients, means, squares, steps, strict=True):  # the same, traceable
+                m.lerp_(g, 1 - beta1)
+                v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+                p.sub_(rate / (1 - beta1**n) * m / ((v / (1 - beta2**n)).sqrt() + eps))
+
+
 def faster(args, update):
     """update(rows) -> losses as --compile and --cudagraphs want it."""
     if args.compile == "on":
         torch.compiler.reset()  # graphs of an earlier phase's networks
         torch._inductor.config.fallback_random = True  # the random numbers of the eager update
+        torch._dynamo.config.trace_autograd_ops = torch._dynamo.config.capture_dynamic_output_shape_ops = True
         update = torch.compile(update)
     return CudaGraph(update) if args.cudagraphs else update
 

@@ -351,9 +351,8 @@ class Agent(nn.Module):
         self.critic_target.requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(float(np.log(init_alpha))))
         self.to(device)
-        adam = dict(lr=learning_rate, fused=True, capturable=device.type == "cuda")
-        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), **adam)
-        self.actor_optimizer = torch.optim.Adam([*self.actor.parameters(), self.log_alpha], **adam)
+        self.critic_optimizer = Adam(self.critic.parameters(), learning_rate)
+        self.actor_optimizer = Adam([*self.actor.parameters(), self.log_alpha], learning_rate)
         self.optimizers = (self.critic_optimizer, self.actor_optimizer)
 
     @torch.no_grad()
@@ -384,8 +383,7 @@ class RND(nn.Module):
             self.register_buffer(f"{name}_var", torch.ones(dim, dtype=torch.float64))
             self.register_buffer(f"{name}_count", torch.full((1,), count, dtype=torch.float64))
         self.to(device)
-        self.optimizer = torch.optim.Adam(self.predictor.parameters(), learning_rate, fused=True,
-                                          capturable=device.type == "cuda")
+        self.optimizer = Adam(self.predictor.parameters(), learning_rate)
         self.optimizers = (self.optimizer,)
 
     def update_running(self, name, x):
@@ -437,9 +435,7 @@ class RND(nn.Module):
         rows = mask.nonzero().squeeze(1) if z.device.type == "cpu" else slice(None)
         error = (self.predictor(z[rows]) - features[rows]).square().mean(-1)
         loss = (error * mask[rows]).sum() / mask.sum().clamp(min=1)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+        self.optimizer.minimize(loss)
         return rewards, loss.detach()
 
 
@@ -454,9 +450,7 @@ def critic_step(agent, batch, members, gamma, tau, q_min, q_max):
     # --- Q: mean over the ensemble and the batch ---
     q = agent.critic(batch["observations"], batch["actions"])
     loss = (q - target).square().mean()
-    agent.critic_optimizer.zero_grad()
-    loss.backward()
-    agent.critic_optimizer.step()
+    agent.critic_optimizer.minimize(loss)
     agent.update_target(tau)
     return {"losses/critic": loss.detach(), "losses/q_mean": q.detach().mean()}
 
@@ -468,9 +462,7 @@ def actor_step(agent, observations, noise, target_entropy):
     alpha, entropy = agent.log_alpha.exp(), -log_prob.detach().mean()
     actor_loss = (alpha.detach() * log_prob - q).mean()
     alpha_loss = alpha * (entropy - target_entropy)
-    agent.actor_optimizer.zero_grad()
-    (actor_loss + alpha_loss).backward()
-    agent.actor_optimizer.step()
+    agent.actor_optimizer.minimize(actor_loss + alpha_loss)
     return {"losses/actor": actor_loss.detach(), "losses/alpha": alpha_loss.detach(), "losses/entropy": entropy,
             "losses/alpha_value": agent.log_alpha.detach().exp()}
 
@@ -1321,11 +1313,39 @@ def setup_torch(args):
     return device
 
 
+class Adam(torch.optim.Adam):
+    """torch's fused Adam. minimize() is one step, also within a compiled update, which step() would break apart."""
+
+    def __init__(self, parameters, learning_rate):
+        super().__init__(parameters, learning_rate, fused=True)
+        for p in self.param_groups[0]["params"]:
+            self.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
+                             "exp_avg_sq": torch.zeros_like(p)}
+
+    def minimize(self, loss):
+        """One step along the gradient of the scalar loss with respect to these parameters alone."""
+        group = self.param_groups[0]
+        parameters, rate, eps, (beta1, beta2) = group["params"], group["lr"], group["eps"], group["betas"]
+        gradients = torch.autograd.grad(loss, parameters)
+        states = [self.state[p] for p in parameters]
+        steps, means, squares = ([state[name] for state in states] for name in ("step", "exp_avg", "exp_avg_sq"))
+        with torch.no_grad():
+            torch._foreach_add_(steps, 1.0)
+            if not torch.compiler.is_compiling():
+                return torch._fused_adam_(parameters, gradients, means, squares, [], steps, lr=rate, beta1=beta1,
+                                          beta2=beta2, weight_decay=0.0, eps=eps, amsgrad=False, maximize=False)
+            for p, g, m, v, n in zip(parameters, gradients, means, squares, steps, strict=True):  # the same, traceable
+                m.lerp_(g, 1 - beta1)
+                v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+                p.sub_(rate / (1 - beta1**n) * m / ((v / (1 - beta2**n)).sqrt() + eps))
+
+
 def faster(args, update):
     """update(rows) -> losses as --compile and --cudagraphs want it."""
     if args.compile == "on":
         torch.compiler.reset()  # graphs of an earlier phase's networks
         torch._inductor.config.fallback_random = True  # the random numbers of the eager update
+        torch._dynamo.config.trace_autograd_ops = torch._dynamo.config.capture_dynamic_output_shape_ops = True
         update = torch.compile(update)
     return CudaGraph(update) if args.cudagraphs else update
 

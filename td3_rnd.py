@@ -309,9 +309,9 @@ class Agent(nn.Module):
         self.critic_target.load_state_dict(self.critic.state_dict())
         self.critic_target.requires_grad_(False)
         self.to(device)
-        self.optimizer = torch.optim.Adam([*self.critic.parameters(), *self.actor.parameters()], learning_rate,
-                                          fused=True, capturable=device.type == "cuda")
-        self.optimizers = (self.optimizer,)
+        self.critic_optimizer = Adam(self.critic.parameters(), learning_rate)
+        self.actor_optimizer = Adam(self.actor.parameters(), learning_rate)
+        self.optimizers = (self.critic_optimizer, self.actor_optimizer)
 
     @torch.no_grad()
     def act(self, obs, sample=False):
@@ -338,9 +338,8 @@ class FujimotoAgent(nn.Module):
             target.load_state_dict(network.state_dict())
             target.requires_grad_(False)
         self.to(device)
-        adam = dict(lr=learning_rate, fused=True, capturable=device.type == "cuda")
-        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), **adam)
-        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), **adam)
+        self.critic_optimizer = Adam(self.critic.parameters(), learning_rate)
+        self.actor_optimizer = Adam(self.actor.parameters(), learning_rate)
         self.optimizers = (self.critic_optimizer, self.actor_optimizer)
 
     @torch.no_grad()
@@ -375,8 +374,7 @@ class RND(nn.Module):
             self.register_buffer(f"{name}_var", torch.ones(dim, dtype=torch.float64))
             self.register_buffer(f"{name}_count", torch.full((1,), count, dtype=torch.float64))
         self.to(device)
-        self.optimizer = torch.optim.Adam(self.predictor.parameters(), learning_rate, fused=True,
-                                          capturable=device.type == "cuda")
+        self.optimizer = Adam(self.predictor.parameters(), learning_rate)
         self.optimizers = (self.optimizer,)
 
     def update_running(self, name, x):
@@ -419,9 +417,7 @@ class RND(nn.Module):
         else:
             error = (self.predictor(z) - self.target(z)).square().mean(-1)
             loss = (error * mask).sum() / mask.sum().clamp(min=1)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+        self.optimizer.minimize(loss)
         # --- Rewards after the step (IQL code), and the statistics: see rnd_normalizer ---
         with torch.no_grad():
             rewards = self.errors(z)
@@ -449,13 +445,11 @@ def td3_update(agent, batch, bonus=0.0, *, gamma, tau, dropout=0.0, noise=None):
         target = batch["rewards"] + gamma * batch["masks"] * next_q + bonus
     # --- Policy: mean of both critics, which get no gradient from it ---
     actor_loss = -agent.critic(observations, agent.actor.act(observations, noise[1], dropout)).mean()
-    agent.optimizer.zero_grad()
-    actor_loss.backward(inputs=list(agent.actor.parameters()))
+    agent.actor_optimizer.minimize(actor_loss)
     # --- Q ---
     q = agent.critic(observations, actions)
     critic_loss = (q - target).square().mean()
-    critic_loss.backward()
-    agent.optimizer.step()
+    agent.critic_optimizer.minimize(critic_loss)
     agent.update_target(tau)
     return {"losses/critic": critic_loss.detach(), "losses/actor": actor_loss.detach(),
             "losses/q_mean": q.detach().mean()}
@@ -480,16 +474,12 @@ def fujimoto_update(agent, batch, bonus=0.0, *, gamma, tau, policy_noise=0.2, no
     # --- Q ---
     q = agent.critic(observations, actions)
     critic_loss = (q - target).square().mean()
-    agent.critic_optimizer.zero_grad()
-    critic_loss.backward()
-    agent.critic_optimizer.step()
+    agent.critic_optimizer.minimize(critic_loss)
     losses = {"losses/critic": critic_loss.detach(), "losses/q_mean": q.detach().mean()}
     # --- Policy, delayed: the first critic after its step; then all targets follow ---
     if update_policy:
         actor_loss = -agent.critic(observations, agent.actor(observations).tanh())[0].mean()
-        agent.actor_optimizer.zero_grad()
-        actor_loss.backward(inputs=list(agent.actor.parameters()))
-        agent.actor_optimizer.step()
+        agent.actor_optimizer.minimize(actor_loss)
         agent.update_targets(tau)
         losses["losses/actor"] = actor_loss.detach()
     return losses
@@ -1210,11 +1200,39 @@ def setup_torch(args):
     return device
 
 
+class Adam(torch.optim.Adam):
+    """torch's fused Adam. minimize() is one step, also within a compiled update, which step() would break apart."""
+
+    def __init__(self, parameters, learning_rate):
+        super().__init__(parameters, learning_rate, fused=True)
+        for p in self.param_groups[0]["params"]:
+            self.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
+                             "exp_avg_sq": torch.zeros_like(p)}
+
+    def minimize(self, loss):
+        """One step along the gradient of the scalar loss with respect to these parameters alone."""
+        group = self.param_groups[0]
+        parameters, rate, eps, (beta1, beta2) = group["params"], group["lr"], group["eps"], group["betas"]
+        gradients = torch.autograd.grad(loss, parameters)
+        states = [self.state[p] for p in parameters]
+        steps, means, squares = ([state[name] for state in states] for name in ("step", "exp_avg", "exp_avg_sq"))
+        with torch.no_grad():
+            torch._foreach_add_(steps, 1.0)
+            if not torch.compiler.is_compiling():
+                return torch._fused_adam_(parameters, gradients, means, squares, [], steps, lr=rate, beta1=beta1,
+                                          beta2=beta2, weight_decay=0.0, eps=eps, amsgrad=False, maximize=False)
+            for p, g, m, v, n in zip(parameters, gradients, means, squares, steps, strict=True):  # the same, traceable
+                m.lerp_(g, 1 - beta1)
+                v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+                p.sub_(rate / (1 - beta1**n) * m / ((v / (1 - beta2**n)).sqrt() + eps))
+
+
 def faster(args, update):
     """update(rows) -> losses as --compile and --cudagraphs want it."""
     if args.compile == "on":
         torch.compiler.reset()  # graphs of an earlier phase's networks
         torch._inductor.config.fallback_random = True  # the random numbers of the eager update
+        torch._dynamo.config.trace_autograd_ops = torch._dynamo.config.capture_dynamic_output_shape_ops = True
         update = torch.compile(update)
     return CudaGraph(update) if args.cudagraphs else update
 

@@ -78,7 +78,7 @@ def load_all(data, agent, rnd):
 
 
 def check_critics(data, agent, step):
-    moments = {id(p): state["exp_avg"] for p, state in agent.optimizer.state.items()}
+    moments = {id(p): state["exp_avg"] for optimizer in agent.optimizers for p, state in optimizer.state.items()}
     for prefix, member, critic in critics(agent):
         for i, (weight, bias) in enumerate(zip(critic.weights, critic.biases, strict=True)):
             for name, parameter in (("weight", weight), ("bias", bias)):
@@ -110,18 +110,24 @@ def draws(data, loss, step, hyper):
 INFO = {"alpha": "alpha_value", "alpha_loss": "alpha", "policy_loss": "actor", "target_q_values_mean": "next_q_mean"}
 
 
+def learnt(agent):
+    """Parameters of the policy (and alpha), and of the critics (and the multiplier)."""
+    return [optimizer.param_groups[0]["params"] for optimizer in agent.optimizers]
+
+
 def gradients(agent, policy_loss, critic_loss):
-    """Gradients of the policy's and of the critics' parameters, from the sum of the losses as in an update."""
-    found = torch.autograd.grad(policy_loss + critic_loss, [*agent.policy_parameters, *agent.critic_parameters])
-    return found[: len(agent.policy_parameters)], found[len(agent.policy_parameters):]
+    """Gradients of the policy's and of the critics' parameters, from the sum of the losses."""
+    policy, critics = learnt(agent)
+    found = torch.autograd.grad(policy_loss + critic_loss, [*policy, *critics])
+    return found[: len(policy)], found[len(policy):]
 
 
 def step_with(args, agent, policy, critic):
     """What calql_update does with these gradients."""
-    for parameter, gradient in zip([*agent.policy_parameters, *agent.critic_parameters], [*policy, *critic],
-                                   strict=True):
-        parameter.grad = gradient
-    agent.optimizer.step()
+    for optimizer, gradients in zip(agent.optimizers, (policy, critic), strict=True):
+        for parameter, gradient in zip(optimizer.param_groups[0]["params"], gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
     agent.update_target(args.tau)
 
 
@@ -150,7 +156,7 @@ def replay(name, results, **changes):
                                              args.intrinsic_reward_scale * bonus, args.calibrate)
             found[loss] = gradients(agent, *losses)
         policy = [*found["policy"][0][:-1], found["log_alpha"][0][-1]]
-        layers = len(agent.critic_parameters) - ("log_alpha_prime" in found)
+        layers = len(learnt(agent)[1]) - ("log_alpha_prime" in found)
         critic = [torch.stack([found["qf1"][1][i][0], found["qf2"][1][i][1]]) for i in range(layers)]
         critic += [found["log_alpha_prime"][1][-1]] if "log_alpha_prime" in found else []
         for i, gradient in enumerate(("qf1_loss_gradient", "qf2_loss_gradient")):
@@ -346,8 +352,7 @@ def test_one_loss_moves_one_part():
     """The policy's gradient stops at the actions of the conservative term and at the critics' weights."""
     agent, batch, noise = agent_and_batch(lagrange=True)
     losses = ooo.calql_losses(ooo.Args(cql_target_gap=0.8), agent, batch, noise)[:2]
-    for loss, own, others in zip(losses, (agent.policy_parameters, agent.critic_parameters),
-                                 (agent.critic_parameters, agent.policy_parameters), strict=True):
+    for loss, own, others in zip(losses, learnt(agent), learnt(agent)[::-1], strict=True):
         assert all(g is not None for g in torch.autograd.grad(loss, own, retain_graph=True))
         found = torch.autograd.grad(loss, others, allow_unused=True, retain_graph=True)
         assert all(g is None for g in found)
@@ -365,9 +370,8 @@ def test_update_takes_the_gradients_of_its_losses():
     noise = ooo.draw_noise(batch["actions"], 10, 10)
     policy, critic = gradients(other, *ooo.calql_losses(args, other, batch, noise, calibrate=False)[:2])
     for new, old, gradient, rate in zip(
-            [*agent.policy_parameters, *agent.critic_parameters], [*other.policy_parameters, *other.critic_parameters],
-            [*policy, *critic], [1e-4] * len(policy) + [3e-4] * len(critic), strict=True):
-        torch.testing.assert_close(new.grad, gradient)
+            sum(learnt(agent), []), sum(learnt(other), []), [*policy, *critic],
+            [1e-4] * len(policy) + [3e-4] * len(critic), strict=True):
         torch.testing.assert_close(new, old - rate * gradient / (gradient.abs() + 1e-8), rtol=1e-5, atol=1e-7)
     for target, critic, before in zip(agent.critic_target.parameters(), agent.critic.parameters(),
                                       other.critic.parameters(), strict=True):
