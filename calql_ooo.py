@@ -28,7 +28,7 @@ coefficients were tuned with the code's form (5, 6). Each choice and exception:
     two hidden layers and a linear one that starts small, here and in the policy (both as the code).
  5. Intrinsic reward of s': largest squared feature error (code; --rnd-reward l2 is the paper's squared norm), divided
     by the running standard deviation of the raw errors (appendix A; --rnd-normalizer code: of rewards already divided,
-    with which the small last layer leaves a bonus of about 0.002 in place of 1).
+    with which the small last layer leaves a bonus of about 0.0015 in place of 1).
  6. Bonus coefficient 50 on antmaze, whose rewards are scaled by 10 (tuned with the code): a reading; the paper says 10
     for its mazes.
  7. With importance sampling the logsumexp is over 30 actions (code); without it (kitchen) the data's is the 31st, which
@@ -40,8 +40,8 @@ coefficients were tuned with the code's form (5, 6). Each choice and exception:
     the commands 1M). Hammer's takes 1M (command): a reading, the paper's "Adroit" may include hammer.
 12. Kitchen observations are 30 of D4RL's 60 numbers, without the goal, which never changes: a reading.
 13. Kitchen: no state is terminal in exploration (code: its test for a solved task cannot be met), and infinitely many
-    further rewards like the last are in the return; in exploitation solved states are terminal. Ends of Minari's
-    demonstrations are not terminal; D4RL's are.
+    further rewards like the last are in the return; in exploitation solved states are terminal. Ends of
+    demonstrations are not.
 14. Returns are summed within trajectories, also in data with holes; the code joins all that it reloads. A sparse
     trajectory that never succeeds has r / (1 - gamma) everywhere (code).
 15. Clipped to Q bounds is the next state's Q before discount and bonus (code).
@@ -112,7 +112,8 @@ def adroit(name, horizon):
     return Task(
         name, f"AdroitHand{name.title()}-v1", horizon, (f"D4RL/{name}/human-v2:25", f"D4RL/{name}/cloned-v2:500"), {},
         dict(offline_steps=20_000, retrain_steps=500_000, cql_alpha=1.0, reward_scale=10.0, reward_bias=0.5,
-             negative_reward=-1.0, successful_only=True, end_at_success=True, retrain_offline_ratio=0.5))
+             negative_reward=-1.0, successful_only=True, end_at_success=True, retrain_offline_ratio=0.5,
+             upsample_reward=0.0))
 
 
 def kitchen(name, *subtasks, **settings):
@@ -495,6 +496,7 @@ def calql_update(args, agent, batch, bonus=0.0, calibrate=True):
     return info
 
 
+# === shared block: rnd of cal-ql and rlpd ===
 class RND(nn.Module):
     """Random network distillation (arXiv 1810.12894): the error of a trained predictor of a fixed random network's
     features of s', divided by a running standard deviation, is the intrinsic reward. reward, normalizer: see Args."""
@@ -545,7 +547,7 @@ class RND(nn.Module):
     def update(self, observations, next_observations, update_proportion=0.25, uniform=None):
         """The intrinsic rewards of the batch, then one predictor step. Returns (rewards (batch,), predictor loss).
         uniform: draws in [0, 1) that select the training rows, shape (batch,); None draws them."""
-        # --- Rewards before the step (RLPD and Cal-QL code), and the statistics: see rnd_normalizer ---
+        # --- Rewards before the step (RLPD code), and the statistics: see rnd_normalizer ---
         with torch.no_grad():
             z = self.normalize(next_observations)
             features = self.target(z)
@@ -567,6 +569,7 @@ class RND(nn.Module):
         return rewards, loss.detach()
 
 
+# === end shared block: rnd of cal-ql and rlpd ===
 
 
 def make_update(args, buffer, agent, rnd=None, exploitation=False):
@@ -1349,6 +1352,8 @@ def load_dataset(args, env, seed):
         keep = rng.choice(len(success), args.data_subset, replace=False)
         data, success = {name: value[keep] for name, value in data.items()}, success[keep]
         report["subset"] = args.data_subset
+    if args.remove_discs and env.task.goal_cell is None:
+        fail(f"--remove-discs: {args.env_id} has no positions in a maze")
     for x, y, radius in args.remove_discs:
         keep = np.linalg.norm(data["observations"][:, :2] - np.float32([x, y]), axis=-1) > radius
         report.setdefault("removed_by_discs", []).append([x, y, radius, int((~keep).sum())])
@@ -1410,7 +1415,9 @@ def parse_args(argv=None):
     args.scale = 1.0
     for wrong, message in (
         (source and args.env_id != default.env_id, f"{source} is a run on {default.env_id}; leave --env-id out"),
-        (not re.fullmatch(r"\w[\w.+=,-]{0,99}", args.exp_name), "--exp-name must be one short word, it names a folder"),
+        (not re.fullmatch(r"\w[\w.+=,-]{0,99}", args.exp_name, re.ASCII), "--exp-name must be one short word"),
+        (getattr(args, "rnd_hidden_dims", 1) == (), "--rnd-hidden-dims needs a layer"),
+        (getattr(args, "video", False) and not args.eval_only, "--video goes with --eval-only"),
         (getattr(args, "dataset_id", ()) and args.dataset_path, "give --dataset-id or --dataset-path, not both"),
         *mistakes(args),
     ):
@@ -1504,20 +1511,25 @@ def setup_torch(args):
     try:
         auto = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(auto if args.device == "auto" else args.device)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {args.device}: {str(error).splitlines()[0]}")
     if args.cudagraphs and device.type != "cuda":
         fail("--cudagraphs needs a CUDA device; leave it out on the CPU")
     torch.set_num_threads(args.torch_threads)
     torch.set_float32_matmul_precision(args.matmul_precision)
-    compiler = any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++")))
-    if args.compile == "auto":
-        updates = count_updates(args)
-        args.compile = "on" if compiler and updates >= COMPILE_PAYS else "off"
+    auto, updates = args.compile == "auto", count_updates(args)
+    if auto:
+        args.compile = "on" if updates >= COMPILE_PAYS else "off"
+    if args.compile == "on":
+        try:
+            torch._inductor.cpp_builder.get_cpp_compiler()
+        except RuntimeError:
+            if not auto:
+                fail("--compile on needs a C++ compiler, and there is none that works: install g++, or leave it off")
+            args.compile = "off"
+    if auto:
         print(f"--compile auto: {args.compile} ({updates:,} updates; on from {COMPILE_PAYS:,}, with a C++ compiler)")
-    elif args.compile == "on" and not compiler:
-        fail("--compile on needs a C++ compiler, and there is none: install g++, or leave it off")
     return device
 
 
@@ -1868,6 +1880,10 @@ def one_line_errors():
     except KeyboardInterrupt:
         fail("interrupted", 130)
     except (MemoryError, RuntimeError) as error:
+        if "torch._dynamo" in sys.modules and isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            reason = re.sub("backend='.*' raised:", "", str(error)).strip().splitlines()[0]
+            cache = torch._inductor.runtime.cache_dir_utils.cache_dir()
+            fail(f"torch.compile: {reason}; delete its cache ({cache}), or give --compile off", 1)
         if isinstance(error, RuntimeError) and "memory" not in str(error) and "alloc" not in str(error):
             raise
         fail(f"not enough memory ({str(error).splitlines()[0]}); use smaller networks, batches or budgets", 1)

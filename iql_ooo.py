@@ -32,11 +32,11 @@ coefficients were tuned with the code's form (4 to 6). Each choice and exception
  5. RND layers (512, 512), the last one linear (code; --rnd-hidden-dims 512 512 512 is the paper's wording).
  6. RND's running standard deviation is of rewards that it has divided already (code; --rnd-normalizer paper: of the raw
     errors, as appendix A means it).
- 7. The buffer is append-only and holds all data; the code's ring overwrites the offline data on four tasks.
+ 7. The buffer is append-only and holds all data; the code's ring overwrites the offline data on five tasks.
  8. Kitchen masks come from the raw reward (0 where all 4 tasks are solved) in both phases; the code forgets this in
     exploitation. Offline rewards count the tasks that hold now, as recorded (--kitchen-cumulative: ever completed).
  9. Kitchen observations are 30 of D4RL's 60 numbers, without the goal, which never changes: a reading.
-10. Upsampling (--retrain-upsample rows a batch) per task as the code; on maze2d as the paper, where the code cannot
+10. Upsampling (--retrain-upsample rows a batch) per task as the code; on maze2d as its flags mean it, where it cannot
     run; with no high reward in the data it is off, with a message (code: trains on a shorter batch, or stops).
 11. Q bounds and high-reward trajectories come from D_off + D_on[:t]; the code looks at the whole buffer.
 12. Fig. 5's TD3 (--retrain-algorithm td3) has the task's dropout in its policy loss only, not in target actions (code).
@@ -103,7 +103,7 @@ def adroit(name, horizon):
     return Task(
         name, f"AdroitHand{name.title()}-v1", horizon, (f"D4RL/{name}/human-v2:22", f"D4RL/{name}/cloned-v2:450"), {},
         dict(offline_steps=25_000, online_steps=1_000_000, retrain_at=(250_000, 500_000, 750_000, 1_000_000),
-             expectile=0.8, dropout=0.1, q_reward_bounds=(-1.0, 5.0)))
+             expectile=0.8, dropout=0.1, q_reward_bounds=(-1.0, 5.0), upsample_reward=0.0))
 
 
 def kitchen(name, *subtasks):
@@ -143,7 +143,8 @@ TASKS = {
         remove_discs=((3.5, -3.0, 1.5), (-4.5, 3.0, 1.5), (-4.5, -3.0, 2.0))),
     "hammer-truncated-expert-v1": Task(
         "hammer", "AdroitHandHammer-v1", 200, ("D4RL/hammer/expert-v2",), {},
-        dict(offline_steps=50_000, truncate_episodes=20, expectile=0.8, log_std_min=-2.0, retrain_log_std_min=-5.0),
+        dict(offline_steps=50_000, truncate_episodes=20, expectile=0.8, log_std_min=-2.0, retrain_log_std_min=-5.0,
+             upsample_reward=25.0),
         ("return", -274.856578, 12794.134825156867)),
     # Not of the paper: small mazes to try things on, with D4RL's goals, horizons and score ranges.
     "maze2d-missing-data-umaze-v1": maze2d("UMaze", 300, 23.85, 161.86, (1, 1), remove_discs=((-1.0, 1.0, 1.0),)),
@@ -1167,6 +1168,8 @@ def load_dataset(args, env, seed):
         keep = rng.choice(len(success), args.data_subset, replace=False)
         data, success = {name: value[keep] for name, value in data.items()}, success[keep]
         report["subset"] = args.data_subset
+    if args.remove_discs and env.task.goal_cell is None:
+        fail(f"--remove-discs: {args.env_id} has no positions in a maze")
     for x, y, radius in args.remove_discs:
         keep = np.linalg.norm(data["observations"][:, :2] - np.float32([x, y]), axis=-1) > radius
         report.setdefault("removed_by_discs", []).append([x, y, radius, int((~keep).sum())])
@@ -1228,7 +1231,9 @@ def parse_args(argv=None):
     args.scale = 1.0
     for wrong, message in (
         (source and args.env_id != default.env_id, f"{source} is a run on {default.env_id}; leave --env-id out"),
-        (not re.fullmatch(r"\w[\w.+=,-]{0,99}", args.exp_name), "--exp-name must be one short word, it names a folder"),
+        (not re.fullmatch(r"\w[\w.+=,-]{0,99}", args.exp_name, re.ASCII), "--exp-name must be one short word"),
+        (getattr(args, "rnd_hidden_dims", 1) == (), "--rnd-hidden-dims needs a layer"),
+        (getattr(args, "video", False) and not args.eval_only, "--video goes with --eval-only"),
         (getattr(args, "dataset_id", ()) and args.dataset_path, "give --dataset-id or --dataset-path, not both"),
         *mistakes(args),
     ):
@@ -1322,20 +1327,25 @@ def setup_torch(args):
     try:
         auto = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(auto if args.device == "auto" else args.device)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {args.device}: {str(error).splitlines()[0]}")
     if args.cudagraphs and device.type != "cuda":
         fail("--cudagraphs needs a CUDA device; leave it out on the CPU")
     torch.set_num_threads(args.torch_threads)
     torch.set_float32_matmul_precision(args.matmul_precision)
-    compiler = any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++")))
-    if args.compile == "auto":
-        updates = count_updates(args)
-        args.compile = "on" if compiler and updates >= COMPILE_PAYS else "off"
+    auto, updates = args.compile == "auto", count_updates(args)
+    if auto:
+        args.compile = "on" if updates >= COMPILE_PAYS else "off"
+    if args.compile == "on":
+        try:
+            torch._inductor.cpp_builder.get_cpp_compiler()
+        except RuntimeError:
+            if not auto:
+                fail("--compile on needs a C++ compiler, and there is none that works: install g++, or leave it off")
+            args.compile = "off"
+    if auto:
         print(f"--compile auto: {args.compile} ({updates:,} updates; on from {COMPILE_PAYS:,}, with a C++ compiler)")
-    elif args.compile == "on" and not compiler:
-        fail("--compile on needs a C++ compiler, and there is none: install g++, or leave it off")
     return device
 
 
@@ -1686,6 +1696,10 @@ def one_line_errors():
     except KeyboardInterrupt:
         fail("interrupted", 130)
     except (MemoryError, RuntimeError) as error:
+        if "torch._dynamo" in sys.modules and isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            reason = re.sub("backend='.*' raised:", "", str(error)).strip().splitlines()[0]
+            cache = torch._inductor.runtime.cache_dir_utils.cache_dir()
+            fail(f"torch.compile: {reason}; delete its cache ({cache}), or give --compile off", 1)
         if isinstance(error, RuntimeError) and "memory" not in str(error) and "alloc" not in str(error):
             raise
         fail(f"not enough memory ({str(error).splitlines()[0]}); use smaller networks, batches or budgets", 1)

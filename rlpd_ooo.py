@@ -35,8 +35,9 @@ coefficients were tuned with the code's form (5, 6). Each choice and exception:
  6. RND's running standard deviation is of rewards that it has divided already (code; --rnd-normalizer paper: of the raw
     errors, as appendix A means it).
  7. Ant: 28 observations. The code's 112 hold 84 contact forces, which were 0 in its MuJoCo unless asked for.
- 8. Tasks with offline data are not in the paper's Table 3: rewards, masks and data are those of iql_ooo.py, the rest
-    is as in sparse locomotion. --offline-ratio is the share of offline data in each single minibatch.
+ 8. Tasks with offline data are not in the paper's Table 3: rewards, bonus, masks and data are those of iql_ooo.py, the
+    rest (and upsampling, where that script has it) is as in sparse locomotion. --offline-ratio is the share of offline
+    data in each single minibatch.
  9. Kitchen observations are 30 of D4RL's 60 numbers, without the goal, which never changes: a reading.
 10. All retrainings run after the online phase; the data of each are D_off + D_on[:t].
 11. Today's packages: docs/tasks.md (signs, horizons, mazes, goals, noise). The two small mazes are not of the paper.
@@ -367,6 +368,7 @@ class Agent(nn.Module):
         torch._foreach_lerp_(list(self.critic_target.parameters()), list(self.critic.parameters()), tau)
 
 
+# === shared block: rnd of cal-ql and rlpd ===
 class RND(nn.Module):
     """Random network distillation (arXiv 1810.12894): the error of a trained predictor of a fixed random network's
     features of s', divided by a running standard deviation, is the intrinsic reward. reward, normalizer: see Args."""
@@ -437,6 +439,9 @@ class RND(nn.Module):
         loss = (error * mask[rows]).sum() / mask.sum().clamp(min=1)
         self.optimizer.minimize(loss)
         return rewards, loss.detach()
+
+
+# === end shared block: rnd of cal-ql and rlpd ===
 
 
 # === updates ===
@@ -1141,6 +1146,8 @@ def load_dataset(args, env, seed):
         keep = rng.choice(len(success), args.data_subset, replace=False)
         data, success = {name: value[keep] for name, value in data.items()}, success[keep]
         report["subset"] = args.data_subset
+    if args.remove_discs and env.task.goal_cell is None:
+        fail(f"--remove-discs: {args.env_id} has no positions in a maze")
     for x, y, radius in args.remove_discs:
         keep = np.linalg.norm(data["observations"][:, :2] - np.float32([x, y]), axis=-1) > radius
         report.setdefault("removed_by_discs", []).append([x, y, radius, int((~keep).sum())])
@@ -1202,7 +1209,9 @@ def parse_args(argv=None):
     args.scale = 1.0
     for wrong, message in (
         (source and args.env_id != default.env_id, f"{source} is a run on {default.env_id}; leave --env-id out"),
-        (not re.fullmatch(r"\w[\w.+=,-]{0,99}", args.exp_name), "--exp-name must be one short word, it names a folder"),
+        (not re.fullmatch(r"\w[\w.+=,-]{0,99}", args.exp_name, re.ASCII), "--exp-name must be one short word"),
+        (getattr(args, "rnd_hidden_dims", 1) == (), "--rnd-hidden-dims needs a layer"),
+        (getattr(args, "video", False) and not args.eval_only, "--video goes with --eval-only"),
         (getattr(args, "dataset_id", ()) and args.dataset_path, "give --dataset-id or --dataset-path, not both"),
         *mistakes(args),
     ):
@@ -1296,20 +1305,25 @@ def setup_torch(args):
     try:
         auto = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(auto if args.device == "auto" else args.device)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {args.device}: {str(error).splitlines()[0]}")
     if args.cudagraphs and device.type != "cuda":
         fail("--cudagraphs needs a CUDA device; leave it out on the CPU")
     torch.set_num_threads(args.torch_threads)
     torch.set_float32_matmul_precision(args.matmul_precision)
-    compiler = any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++")))
-    if args.compile == "auto":
-        updates = count_updates(args)
-        args.compile = "on" if compiler and updates >= COMPILE_PAYS else "off"
+    auto, updates = args.compile == "auto", count_updates(args)
+    if auto:
+        args.compile = "on" if updates >= COMPILE_PAYS else "off"
+    if args.compile == "on":
+        try:
+            torch._inductor.cpp_builder.get_cpp_compiler()
+        except RuntimeError:
+            if not auto:
+                fail("--compile on needs a C++ compiler, and there is none that works: install g++, or leave it off")
+            args.compile = "off"
+    if auto:
         print(f"--compile auto: {args.compile} ({updates:,} updates; on from {COMPILE_PAYS:,}, with a C++ compiler)")
-    elif args.compile == "on" and not compiler:
-        fail("--compile on needs a C++ compiler, and there is none: install g++, or leave it off")
     return device
 
 
@@ -1660,6 +1674,10 @@ def one_line_errors():
     except KeyboardInterrupt:
         fail("interrupted", 130)
     except (MemoryError, RuntimeError) as error:
+        if "torch._dynamo" in sys.modules and isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            reason = re.sub("backend='.*' raised:", "", str(error)).strip().splitlines()[0]
+            cache = torch._inductor.runtime.cache_dir_utils.cache_dir()
+            fail(f"torch.compile: {reason}; delete its cache ({cache}), or give --compile off", 1)
         if isinstance(error, RuntimeError) and "memory" not in str(error) and "alloc" not in str(error):
             raise
         fail(f"not enough memory ({str(error).splitlines()[0]}); use smaller networks, batches or budgets", 1)

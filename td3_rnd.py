@@ -202,7 +202,7 @@ class Args:
 
 
 BUDGETS = ("online_steps", "save_at", "eval_every", "log_every", "checkpoint_every")  # --scale multiplies these
-COMPILE_PAYS = np.inf  # updates from which --compile auto is on: as in iql_ooo.py, it gains nothing (docs/speed.md)
+COMPILE_PAYS = 20_000  # updates from which --compile auto is on: it saves more than it takes (docs/speed.md)
 TINY = 1e-9  # open ends of intervals
 RANGES = {  # closed interval of every number in Args (None is allowed where it is the default; NaN lies in none)
     (0, 2**32 - 1): "seed",
@@ -1028,6 +1028,8 @@ def load_dataset(args, env, seed):
         keep = rng.choice(len(success), args.data_subset, replace=False)
         data, success = {name: value[keep] for name, value in data.items()}, success[keep]
         report["subset"] = args.data_subset
+    if args.remove_discs and env.task.goal_cell is None:
+        fail(f"--remove-discs: {args.env_id} has no positions in a maze")
     for x, y, radius in args.remove_discs:
         keep = np.linalg.norm(data["observations"][:, :2] - np.float32([x, y]), axis=-1) > radius
         report.setdefault("removed_by_discs", []).append([x, y, radius, int((~keep).sum())])
@@ -1089,7 +1091,9 @@ def parse_args(argv=None):
     args.scale = 1.0
     for wrong, message in (
         (source and args.env_id != default.env_id, f"{source} is a run on {default.env_id}; leave --env-id out"),
-        (not re.fullmatch(r"\w[\w.+=,-]{0,99}", args.exp_name), "--exp-name must be one short word, it names a folder"),
+        (not re.fullmatch(r"\w[\w.+=,-]{0,99}", args.exp_name, re.ASCII), "--exp-name must be one short word"),
+        (getattr(args, "rnd_hidden_dims", 1) == (), "--rnd-hidden-dims needs a layer"),
+        (getattr(args, "video", False) and not args.eval_only, "--video goes with --eval-only"),
         (getattr(args, "dataset_id", ()) and args.dataset_path, "give --dataset-id or --dataset-path, not both"),
         *mistakes(args),
     ):
@@ -1183,20 +1187,25 @@ def setup_torch(args):
     try:
         auto = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(auto if args.device == "auto" else args.device)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {args.device}: {str(error).splitlines()[0]}")
     if args.cudagraphs and device.type != "cuda":
         fail("--cudagraphs needs a CUDA device; leave it out on the CPU")
     torch.set_num_threads(args.torch_threads)
     torch.set_float32_matmul_precision(args.matmul_precision)
-    compiler = any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++")))
-    if args.compile == "auto":
-        updates = count_updates(args)
-        args.compile = "on" if compiler and updates >= COMPILE_PAYS else "off"
+    auto, updates = args.compile == "auto", count_updates(args)
+    if auto:
+        args.compile = "on" if updates >= COMPILE_PAYS else "off"
+    if args.compile == "on":
+        try:
+            torch._inductor.cpp_builder.get_cpp_compiler()
+        except RuntimeError:
+            if not auto:
+                fail("--compile on needs a C++ compiler, and there is none that works: install g++, or leave it off")
+            args.compile = "off"
+    if auto:
         print(f"--compile auto: {args.compile} ({updates:,} updates; on from {COMPILE_PAYS:,}, with a C++ compiler)")
-    elif args.compile == "on" and not compiler:
-        fail("--compile on needs a C++ compiler, and there is none: install g++, or leave it off")
     return device
 
 
@@ -1547,6 +1556,10 @@ def one_line_errors():
     except KeyboardInterrupt:
         fail("interrupted", 130)
     except (MemoryError, RuntimeError) as error:
+        if "torch._dynamo" in sys.modules and isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            reason = re.sub("backend='.*' raised:", "", str(error)).strip().splitlines()[0]
+            cache = torch._inductor.runtime.cache_dir_utils.cache_dir()
+            fail(f"torch.compile: {reason}; delete its cache ({cache}), or give --compile off", 1)
         if isinstance(error, RuntimeError) and "memory" not in str(error) and "alloc" not in str(error):
             raise
         fail(f"not enough memory ({str(error).splitlines()[0]}); use smaller networks, batches or budgets", 1)

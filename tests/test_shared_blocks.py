@@ -24,6 +24,7 @@ BLOCKS = {
     "networks": {"iql_ooo.py", "td3_rnd.py", "pex.py"},
     "iql agent": {"iql_ooo.py", "pex.py"},
     "rnd": {"iql_ooo.py", "td3_rnd.py"},
+    "rnd of cal-ql and rlpd": {"calql_ooo.py", "rlpd_ooo.py"},
     "iql update": {"iql_ooo.py", "pex.py"},
     "simplified td3": {"iql_ooo.py", "td3_rnd.py"},
     "exploit only": {"iql_ooo.py", "rlpd_ooo.py", "calql_ooo.py"},
