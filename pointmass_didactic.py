@@ -779,7 +779,8 @@ def parse_args(argv=None):
     args.scale = 1.0
     for wrong, message in (
         (source and args.env_id != default.env_id, f"{source} is a run on {default.env_id}; leave --env-id out"),
-        (not re.fullmatch(r"\w[\w.+=,-]{0,99}", args.exp_name, re.ASCII), "--exp-name must be one short word"),
+        (not re.fullmatch(r"\w[\w.+=,-]*", args.exp_name) or len(os.fsencode(args.exp_name)) > 100,
+         "--exp-name must be one short word, it names a folder"),
         (getattr(args, "rnd_hidden_dims", 1) == (), "--rnd-hidden-dims needs a layer"),
         (getattr(args, "video", False) and not args.eval_only, "--video goes with --eval-only"),
         (getattr(args, "dataset_id", ()) and args.dataset_path, "give --dataset-id or --dataset-path, not both"),
