@@ -3,6 +3,7 @@
     python reproduce.py table2 --seeds 5                      # all that Table 2 needs; `python report.py runs` shows it
     python reproduce.py table2 --seeds 5 --dry-run            # the same as plain commands, to be run by hand
     python reproduce.py table1 --only pen-binary-v0 --algorithms iql iql_ooo --scale 0.01
+    python reproduce.py table2 --preset small --algorithms iql iql_ooo   # minutes a run; mazes, hammer and pen
     python reproduce.py smoke                                 # every algorithm and ablation at tiny scale
     python reproduce.py table3 --address auto                 # on the Ray cluster that this machine belongs to
     python reproduce.py table2 -- --device cuda               # what follows -- is added to every training command
@@ -38,6 +39,7 @@ import time
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 ROOT = Path(__file__).resolve().parent
 
@@ -119,6 +121,31 @@ SMOKE = {
                              "--eval-episodes 5 --log-every 20 --checkpoint-every 20",
 }
 
+# --preset small: minutes of one core a run of the IQL family, for tasks on which that is enough to learn something; the
+# same settings for every method. Chosen on seeds from 101 on, never on those that are reported (docs/results.md).
+SMALL = {  # task: data ("": D4RL's; tools/collect_pointmaze.py), steps of pretraining, online, retraining, evaluations
+    "maze2d-missing-data-umaze-v1": ("ooo/pointmaze/umaze-v0", 2_000, 4_000, 6_000, 1_000),
+    "maze2d-missing-data-medium-v1": ("ooo/pointmaze/medium-v0", 3_000, 10_000, 12_000, 2_000),
+    MAZE2D: ("ooo/pointmaze/large-v0", 4_000, 20_000, 20_000, 4_000),
+    "hammer-truncated-expert-v1": ("", 4_000, 12_000, 12_000, 2_000),
+    "pen-binary-v0": ("", 4_000, 12_000, 12_000, 2_000),
+}
+SMALL_TARGETS = {"table2": [(tuple(SMALL), BASELINES + IQL_PAIR)]}
+
+
+def small(env_id, algorithm):
+    """Flags of --preset small for a run of iql_ooo.py, td3_rnd.py or pex.py."""
+    (data, offline, online, retrain, every), script = SMALL[env_id], ALGORITHMS[algorithm].script
+    flags = f"--hidden-dims 128 128 --learning-rate 1e-3 --tau 0.02 --online-steps {online} --eval-every {every} " \
+            "--eval-episodes 20 --log-every 500 --checkpoint-every 2000"
+    flags += f" --dataset-id {data}" if data else ""
+    flags += " --learning-starts 1000" if script == "pex.py" else " --rnd-hidden-dims 256 256"
+    flags += "" if script == "td3_rnd.py" else f" --offline-steps {offline}"
+    flags += f" --save-at {online}" if script != "iql_ooo.py" else ""
+    flags += f" --retrain-at {online} --retrain-steps {retrain}" if algorithm == "iql_ooo" else ""
+    flags += " --retrain-reward-scale 0.01" if algorithm == "iql_ooo" and env_id.startswith("hammer") else ""
+    return flags.split()
+
 
 @dataclass
 class Run:
@@ -142,6 +169,8 @@ class Args:
     """Tasks; default: all of the target."""
     algorithms: tuple[str, ...] = ()
     """Names as in --dry-run's --exp-name (iql, iql_ooo, ...); default: all of the target."""
+    preset: Literal["paper", "small"] = "paper"
+    """Budgets and sizes: the paper's, or small ones for table2's IQL family (three mazes, hammer, pen)."""
     scale: float = 1.0
     """Multiplies every budget and interval of the scripts."""
     runs_dir: str = "runs"
@@ -170,7 +199,9 @@ def parse_args(argv=None):
     args = tyro.cli(Args, args=argv, description=__doc__, config=(tyro.conf.PositionalRequiredArgs,))
     if args.target not in TARGETS:
         nearest(args.target, list(TARGETS), "target")
-    tasks, algorithms = ({x: None for part in TARGETS[args.target] for x in part[i]} for i in (0, 1))
+    if args.target not in targets(args):
+        fail(f"--preset {args.preset} has {', '.join(targets(args))} only")
+    tasks, algorithms = ({x: None for part in targets(args)[args.target] for x in part[i]} for i in (0, 1))
     for name in args.only:
         if name not in tasks:
             nearest(name, list(tasks), f"task of {args.target}")
@@ -182,16 +213,20 @@ def parse_args(argv=None):
     return args, extra
 
 
+def targets(args):
+    return SMALL_TARGETS if args.preset == "small" else TARGETS
+
+
 def expand(args, extra=()):
     """The runs of a target in an order in which each comes after its source; no run twice."""
     runs = {}
-    for tasks, algorithms in TARGETS[args.target]:
+    for tasks, algorithms in targets(args)[args.target]:
         for env_id in tasks:
             for name in algorithms:
                 if (not args.only or env_id in args.only) and (not args.algorithms or name in args.algorithms):
                     for seed in range(1, args.seeds + 1):
                         add_run(runs, args, extra, name, env_id, seed)
-    if not runs and TARGETS[args.target]:
+    if not runs and targets(args)[args.target]:
         fail(f"nothing is left of {args.target}: its --algorithms do not run on these tasks (--only)")
     return list(runs.values())
 
@@ -216,6 +251,7 @@ def add_run(runs, args, extra, algorithm, env_id, seed):
             tiny = shlex.split(SMOKE[what.script])
             at = tiny.index("--retrain-at") if "--retrain-at" in tiny and "--retrain-at" in what.flags else None
             flags += tiny if at is None else tiny[:at] + tiny[at + 2 :]
+        flags += small(env_id, algorithm) if args.preset == "small" else []
         flags += ["--scale", f"{args.scale:g}"] if args.scale != 1 else []
         flags += extra
     flags += ["--exp-name", algorithm]
