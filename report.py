@@ -2,6 +2,7 @@
 
     python report.py runs                              # report/report.md, .html (one file, opens offline) and pictures
     python report.py runs --only table2 figure4        # some of them; default: all that there are runs for
+    python report.py runs --only small                 # the runs of reproduce.py --preset small
     python report.py results --unfinished --mixed --exclude '*smooth*' --out report
 
 Folders are searched for run directories at any depth; `reproduce.py` makes them, and so does any script by hand: which
@@ -20,6 +21,7 @@ What the numbers are:
     the paper's. What cannot be read is left out and named.
  5. IQM (interquartile mean) and probability of improvement are rliable's, with 95 % stratified bootstrap intervals,
     over the tasks that both methods have at equal times and the seeds that are common to all of these.
+ 6. The table of the small preset shows means of a policy's last three evaluations, with rliable's intervals over seeds.
 """
 
 import base64
@@ -33,6 +35,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -48,6 +51,7 @@ from reproduce import (  # noqa: E402
     ANTMAZE,
     KITCHEN,
     POINTMASS,
+    SMALL,
     TARGETS,
     fail,
     nearest,
@@ -410,6 +414,46 @@ def table(name, records, args):
     return "\n".join([head, *lines, "", *(f"- {note}" for note in notes), *statistics(columns, tasks, cells)]), cells
 
 
+SMALL_COLUMNS = {"IQL": ("iql", "exploration"), "IQL + RND": ("iql_ooo", "exploration"),
+                 "OOO (IQL)": ("iql_ooo", "exploitation"), "TD3 + RND": ("td3_rnd", "exploration"),
+                 "PEX": ("pex", "exploration")}
+
+
+def small_table(records, args):
+    """Markdown of the runs of --preset small: each policy's last three evaluations, and the successes in D_on."""
+    lines = ["## The small preset", "", "| | " + " | ".join(SMALL_COLUMNS) + " | successes in D_on: IQL, IQL + RND |",
+             "|---|" + "---|" * (len(SMALL_COLUMNS) + 1)]
+    for task, (_, _, online, _, _) in SMALL.items():
+        chosen = [r for r in records if (r.config["args"]["online_steps"], r.config["args"]["hidden_dims"][:1])
+                  == (online, [128])]
+        cells = {name: cell(chosen, task, *what, full_budget(what[0], task), args)[0]
+                 for name, what in SMALL_COLUMNS.items()}
+        shares = [f"{np.mean([goals(r) for _, r in g.seeds.values()]):.0f} %"
+                  for name in ("IQL", "IQL + RND") for g in cells[name][:1]]
+        texts = ["<br>".join(map(small_cell, groups)) or "missing" for groups in cells.values()]
+        lines.append(f"| {task} | " + " | ".join([*texts, ", ".join(shares)]) + " |")
+    return "\n".join([*lines, "", "Means over seeds and the last three evaluations of each policy, [95 % stratified "
+                      "bootstrap interval over seeds], (rate of success). Mazes and hammer: D4RL's score; pen: rate of "
+                      "success. These are not the paper's budgets and networks.", ""])
+
+
+def goals(record):
+    """Percentage of the online episodes that were a success."""
+    return 100 * np.mean([x["charts/episodic_success"] for x in record.metrics if "charts/episodic_success" in x])
+
+
+def small_cell(group):
+    """Mean, interval and rate of success of a group's last three evaluations."""
+    phase = "retrain" if group.policy == "exploitation" else "online"
+    lines = [[x for x in record.metrics if x["phase"] == phase and "eval/normalized_score" in x][-3:]
+             for _, record in group.seeds.values()]
+    scores, rates = (np.array([np.mean([x[f"eval/{key}"] for x in last]) for last in lines])
+                     for key in ("normalized_score", "success_rate"))
+    _, (low, high) = bootstrap({"": scores[:, None]}, lambda x: np.array([x.mean()]))[""]
+    seeds = f"{len(lines)} seed{'s' * (len(lines) > 1)}"
+    return f"**{scores.mean():.1f}** [{low:.1f}, {high:.1f}] ({100 * rates.mean():.0f} %), {seeds}"
+
+
 def statistics(columns, tasks, cells):
     """Lines with rliable's IQM of each method and probability of improvement of OOO over its base."""
     lines = []
@@ -438,21 +482,23 @@ def statistics(columns, tasks, cells):
     return lines
 
 
-def intervals(ooo, base, reps=2000):
-    """rliable's (point, low, high) of both IQMs and of P(ooo > base). ooo, base: scores (seeds, tasks)."""
-    import warnings
-
+def bootstrap(scores, statistic):
+    """rliable's {name: (estimate, (low, high))} of scores {name: (seeds, tasks)}, 95 % stratified bootstrap."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from rliable import library, metrics
+        from rliable.library import get_interval_estimates
 
-        state = np.random.RandomState(0)
-        point, interval = library.get_interval_estimates(
-            {"ooo": ooo, "base": base}, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=reps, random_state=state)
-        better, around = library.get_interval_estimates(
-            {"improvement": (ooo, base)}, metrics.probability_of_improvement, reps=reps, random_state=state)
-    result = {name: (point[name].item(), *interval[name].ravel().tolist()) for name in point}
-    return result | {"improvement": (float(better["improvement"]), *np.ravel(around["improvement"]).tolist())}
+        points, around = get_interval_estimates(scores, statistic, reps=2000, random_state=np.random.RandomState(0))
+    return {name: (np.ravel(points[name])[0].item(), np.ravel(around[name]).tolist()) for name in scores}
+
+
+def intervals(ooo, base):
+    """(point, low, high) of both IQMs and of P(ooo > base). ooo, base: scores (seeds, tasks)."""
+    from rliable import metrics
+
+    result = bootstrap({"ooo": ooo, "base": base}, lambda x: np.array([metrics.aggregate_iqm(x)]))
+    result |= bootstrap({"improvement": (ooo, base)}, metrics.probability_of_improvement)
+    return {name: (point, *around) for name, (point, around) in result.items()}
 
 
 # === figures ===
@@ -634,7 +680,7 @@ def html(text, out):
            f"</style></head><body>{body}</body></html>"
 
 
-ITEMS = [name for name in TARGETS if name != "smoke"]
+ITEMS = ["small", *(name for name in TARGETS if name != "smoke")]
 
 
 def parse_args(argv=None):
@@ -652,7 +698,8 @@ def main(argv=None):
     args = parse_args(argv)
     (records, left_out), wanted = read_all(args), args.only or ITEMS
     # All cells before anything is written, so that mixed runs stop the report first.
-    parts = [table(name, records, args)[0] for name in wanted if name in PAPER]
+    parts = [small_table(records, args)] if "small" in args.only else []
+    parts += [table(name, records, args)[0] for name in wanted if name in PAPER]
     out = output_folder(args.out, "--out")
     for name in wanted:
         if name == "figure2":
