@@ -696,10 +696,9 @@ def make_rnd(args, buffer, device):
                args.rnd_normalizer)
 
 
-def pretrain(run, buffer, explorer, rnd, bound_rnd, eval_env):
+def pretrain(run, buffer, explorer, rnd, bound_rnd, update, eval_env):
     """Algorithm 1, line 1: the exploration agent's update on D_off."""
     args, p, last = run.args, run.progress, run.args.offline_steps
-    update = make_update(args, buffer, explorer, rnd)
     for step in progress_bar("pretrain", p["grad_step"], last):
         if step == 0:
             evaluate_and_log(run, eval_env, explorer, "pretrain", 0, 0)
@@ -718,13 +717,12 @@ def pretrain(run, buffer, explorer, rnd, bound_rnd, eval_env):
             run.checkpoint(explorer=explorer, rnd=rnd, bound_rnd=bound_rnd)
 
 
-def explore(run, buffer, explorer, rnd, bound_rnd, env, eval_env):
+def explore(run, buffer, explorer, rnd, bound_rnd, update, env, eval_env):
     """Algorithm 1, lines 2 to 6: the optimistic policy alone acts. After each of its trajectories as many updates, on
     all data, as it has steps."""
     args, p = run.args, run.progress
     if p["env_step"] >= args.online_steps:
         return
-    update = make_update(args, buffer, explorer, rnd)
     bar, saved = progress_bar("online", p["env_step"], args.online_steps), p["env_step"]
     while p["env_step"] < args.online_steps:
         episode = collect(run, buffer, explorer, env)
@@ -884,8 +882,9 @@ def main(args):
     run.begin(dataset, buffer.columns)
 
     if not args.exploit_only:
-        pretrain(run, buffer, explorer, rnd, bound_rnd, eval_env)
-        explore(run, buffer, explorer, rnd, bound_rnd, env, eval_env)
+        update = make_update(args, buffer, explorer, rnd)
+        pretrain(run, buffer, explorer, rnd, bound_rnd, update, eval_env)
+        explore(run, buffer, explorer, rnd, bound_rnd, update, env, eval_env)
     for t in args.retrain_at:
         retrain(run, buffer, eval_env, t)
     return report(run, ("exploration", "exploitation"))

@@ -554,10 +554,9 @@ def make_rnd(args, buffer, device):
                args.rnd_normalizer)
 
 
-def pretrain(run, buffer, explorer, rnd, eval_env):
+def pretrain(run, buffer, explorer, rnd, update, eval_env):
     """Algorithm 1, line 1: the exploration agent's update on D_off."""
     args, p, last = run.args, run.progress, run.args.offline_steps
-    update = make_update(args, buffer, explorer, args.q_reward_bounds, rnd)
     for step in progress_bar("pretrain", p["grad_step"], last):
         if step == 0:
             evaluate_and_log(run, eval_env, explorer, "pretrain", 0, 0)
@@ -574,13 +573,12 @@ def pretrain(run, buffer, explorer, rnd, eval_env):
             run.checkpoint(explorer=explorer, rnd=rnd)
 
 
-def explore(run, buffer, explorer, rnd, env, eval_env, until):
+def explore(run, buffer, explorer, rnd, update, env, eval_env, until):
     """Algorithm 1, lines 2 to 6: the optimistic policy alone acts; one update a step, on all data. Ends with the
     episode in which step `until` falls."""
     args, p = run.args, run.progress
     if p["env_step"] >= until:
         return
-    update = make_update(args, buffer, explorer, args.q_reward_bounds, rnd)
     bar, saved = progress_bar("online", p["env_step"], args.online_steps), p["env_step"]
     while p["env_step"] < until:
         obs, _ = env.reset(seed=derive_seed(args.seed, "training episode", p["episode"]))
@@ -697,11 +695,12 @@ def main(args):
     run.begin(dataset, buffer.columns)
 
     if not args.exploit_only:
-        pretrain(run, buffer, explorer, rnd, eval_env)
+        update = make_update(args, buffer, explorer, args.q_reward_bounds, rnd)
+        pretrain(run, buffer, explorer, rnd, update, eval_env)
         for t in args.retrain_at if args.sync else ():
-            explore(run, buffer, explorer, rnd, env, eval_env, until=t)
+            explore(run, buffer, explorer, rnd, update, env, eval_env, until=t)
             retrain(run, buffer, explorer, rnd, eval_env, t)
-        explore(run, buffer, explorer, rnd, env, eval_env, until=args.online_steps)
+        explore(run, buffer, explorer, rnd, update, env, eval_env, until=args.online_steps)
     for t in args.retrain_at:
         retrain(run, buffer, explorer, rnd, eval_env, t)
     return report(run, ("exploration", "exploitation"))
