@@ -5,7 +5,7 @@
 PY := .venv/bin/python
 PYTHON ?= python3.11
 ENV_ID := maze2d-missing-data-umaze-v1
-DATASET_ID := ooo/pointmaze/umaze-v0
+DATASET_ID := ooo/pointmaze/umaze-50k-v0
 EXP_NAME := make_run
 SEEDS ?= 1 2
 # Small networks with larger steps, so that minutes are enough; the bonus must still be alive when the online phase starts.

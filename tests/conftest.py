@@ -59,3 +59,32 @@ def in_tmp(tmp_path, monkeypatch):
     """The test runs in an empty folder, for runs of the script inside this process."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def runs(tiny, tmp_path_factory):
+    """{script: directory of a small finished run of it}."""
+    from runner import Box
+
+    sizes = "--hidden-dims 16 16 --batch-size 16 --eval-episodes 2 --eval-every 50 --log-every 25 --checkpoint-every 50"
+    ooo = f"{sizes} --rnd-hidden-dims 16 16 --online-steps 200 --retrain-at 100 200 --retrain-steps 60"
+    words = {
+        "iql_ooo": f"--env-id maze2d-missing-data-large-v1 {ooo} --offline-steps 60",
+        "calql_ooo": f"--env-id pen-binary-v0 {ooo} --offline-steps 60 --critic-hidden-dims 16 16",
+        "rlpd_ooo": f"--env-id halfcheetah-sparse-v2 {ooo} --learning-starts 50 --num-qs 2 --utd-ratio 1",
+        "td3_rnd": f"--env-id pen-binary-v0 {sizes} --rnd-hidden-dims 16 16 --online-steps 200 --save-at 200",
+        "pex": f"--env-id maze2d-missing-data-large-v1 {sizes} --offline-steps 60 --learning-starts 50 "
+               "--online-steps 200 --save-at 200",
+        "pointmass_didactic": "--num-seeds 2 --offline-episodes 5 --offline-steps 40 --online-steps 60 "
+                              "--retrain-steps 40 --eval-every 20 --eval-episodes 5 --log-every 20",
+    }
+    paths = {}
+    for env_id in ("maze2d-missing-data-large-v1", "pen-binary-v0"):
+        tiny(env_id)
+    for script, line in words.items():
+        box = Box(tmp_path_factory.mktemp(script), f"{script}.py")
+        child = box.run(*line.split())
+        assert child.code == 0, child.err
+        paths[script], = (box.work / "runs").iterdir()
+        box.stop()
+    return paths

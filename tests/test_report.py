@@ -79,6 +79,27 @@ def test_interquartile_mean_and_probability_of_improvement():
     assert result["ooo"][1] <= 15.0 <= result["ooo"][2]
 
 
+def test_the_small_preset_shows_means_of_the_last_three_evaluations(tmp_path):
+    """Of its own runs only; a run of the paper's sizes is another one."""
+    small = {name: reproduce.small(HAMMER, name) for name in ("iql", "iql_ooo")}
+    flags = {"iql": ["--intrinsic-reward-scale", "0", "--retrain-at", *small["iql"]], "iql_ooo": small["iql_ooo"]}
+    for seed, score in ((1, 10.0), (2, 20.0)):
+        for name, retraining in (("iql", {}), ("iql_ooo", {12_000: [(1, 99.0), *((i, 2 * score) for i in (2, 3, 4))]})):
+            path = make_run(tmp_path / "runs", "iql_ooo", HAMMER, seed,
+                            {0: 99.0, 2000: 99.0, 8000: score - 3, 10_000: score, 12_000: score + 3}, retraining,
+                            flags=flags[name])
+            with open(path / "metrics.jsonl", "a") as file:
+                for success in (True, False, False, False):
+                    file.write(json.dumps({"phase": "online", "env_step": 1, "grad_step": 1,
+                                           "charts/episodic_success": success}) + "\n")
+    make_run(tmp_path / "runs", "iql_ooo", HAMMER, 3, {500_000: 1.0}, {500_000: [(20, 1.0)]})
+    row = row_of(run_report(tmp_path, "--only", "small"), "The small preset", HAMMER)
+    assert row.pop("successes in D_on: IQL, IQL + RND") == "25 %, 25 %"
+    assert {name: text.split(" [")[0] for name, text in row.items()} == {
+        "IQL": "**15.0**", "IQL + RND": "**15.0**", "OOO (IQL)": "**30.0**", "TD3 + RND": "missing", "PEX": "missing"}
+    assert row["IQL"].endswith("[10.0, 20.0] (0 %), 2 seeds")
+
+
 def test_statistics_of_a_table(hammer, tmp_path):
     text = run_report(tmp_path, "--only", "table2")
     # A quarter of three values is less than one: nothing is trimmed, the IQM is the mean.

@@ -82,6 +82,21 @@ def test_commands_parse_and_make_the_directories_that_are_named(target, monkeypa
         before[run.name] = run
 
 
+def test_the_small_preset_gives_every_method_of_a_task_the_same_settings():
+    runs = expand("table2", "--preset", "small", "--seeds", "1")
+    assert {run.env_id for run in runs} == set(reproduce.SMALL)
+    assert {run.algorithm for run in runs} == {"iql", "iql_ooo", "td3_rnd", "pex"}
+    for env_id in reproduce.SMALL:
+        parsed = {run.algorithm: asdict(load(run.command[1]).parse_args(run.command[2:]))
+                  for run in runs if run.env_id == env_id}
+        for name in ("online_steps", "offline_steps", "hidden_dims", "learning_rate", "tau", "rnd_hidden_dims",
+                     "dataset_id", "eval_every", "eval_episodes", "batch_size"):
+            assert len({args[name] for args in parsed.values() if name in args}) == 1, (env_id, name)
+        args = parsed["iql_ooo"]
+        assert args["retrain_at"] == (args["online_steps"],) == parsed["pex"]["save_at"]
+        assert parsed["iql"]["retrain_at"] == ()
+
+
 def test_retrainings_reuse_the_online_run():
     runs = expand("figure13", "--seeds", "1")
     assert [run.algorithm for run in runs] == ["iql_ooo", "warm"]

@@ -13,12 +13,7 @@ import pytest
 from tools import plot_run, pointmass_chain
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "results"
-RUNS = {
-    "iql_ooo": "hammer-truncated-expert-v1/iql_ooo__1", "calql_ooo": "pen-binary-v0/calql_ooo__1",
-    "rlpd_ooo": "halfcheetah-sparse/rlpd_ooo__1", "td3_rnd": "maze2d-missing-data-large-v1/td3_rnd__1",
-    "pex": "maze2d-missing-data-large-v1/pex__1", "pointmass_didactic": "pointmass/budget_60k",
-}
+SCRIPTS = ("iql_ooo", "calql_ooo", "rlpd_ooo", "td3_rnd", "pex", "pointmass_didactic")
 
 
 @pytest.fixture
@@ -32,40 +27,33 @@ def texts(figure):
     return "\n".join(t.get_text() for t in figure.findobj(plot_run.matplotlib.text.Text))
 
 
-@pytest.mark.parametrize("script", RUNS)
-def test_a_run_of_every_script_is_drawn(script, no_data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_of_every_script_is_drawn(script, runs, no_data, tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(plot_run.plt.Figure, "savefig", lambda self, *_, **__: figures.append(self))
-    plot_run.main([str(RESULTS / RUNS[script]), "--out", str(tmp_path / "x.png")])
+    plot_run.main([str(runs[script]), "--episodes", "1", "--out", str(tmp_path / "x.png")])
     figure, = figures
     lines = [line for ax in figure.axes for line in ax.lines if len(line.get_xdata()) > 2]
     words = {"pointmass_didactic": ["own policy: reach the goal", "retrained: go under the wall", "bonus 5"],
-             "td3_rnd": ["Learning", "Intrinsic reward", "no policy_30000.pt here", "no replay data here"],
-             "pex": ["Learning", "no policy_8000.pt here"]}.get(script, ["Exploration", "Exploitation", "Intrinsic"])
+             "td3_rnd": ["Learning", "Intrinsic reward"], "pex": ["Learning", "Online visits"],
+             "iql_ooo": ["Exploration", "Exploitation", "Intrinsic", "Online exploration", "not available here"],
+             }.get(script, ["Exploration", "Exploitation", "Intrinsic"])
     assert lines and all(word in texts(figure) for word in words)
     assert ("Exploitation" in texts(figure)) == (script not in ("td3_rnd", "pex", "pointmass_didactic"))
 
 
-@pytest.mark.parametrize("task", ["maze2d-missing-data-large-v1", "pen-binary-v0"])
-def test_several_runs_go_into_one_figure(task, tmp_path):
-    runs = map(str, sorted((RESULTS / task).glob("*__*")))
-    plot_run.main([*runs, "--out", str(tmp_path / "x.png")])
+def test_several_runs_go_into_one_figure(runs, tmp_path):
+    plot_run.main([str(runs[script]) for script in SCRIPTS[:-1]] + ["--out", str(tmp_path / "x.png")])
     assert (tmp_path / "x.png").stat().st_size > 10_000
 
 
-def copy_of(name, tmp_path):
-    return Path(shutil.copytree(RESULTS / RUNS[name], tmp_path / "run"))
-
-
-def test_online_rows_are_read_in_either_format(tmp_path):
-    path = copy_of("td3_rnd", tmp_path)
-    positions = np.arange(20, dtype=np.float32).reshape(10, 2)
-    (path / "replay").mkdir()
-    np.savez(path / "replay" / "online-0-10.npz", observations=np.hstack([positions, positions]))
-    np.testing.assert_array_equal(plot_run.visited(plot_run.open_run(path)), positions)
+def test_online_rows_are_read(runs, tmp_path):
+    """Whole rows up to the last recorded step, in their order."""
+    path = Path(shutil.copytree(runs["iql_ooo"], tmp_path / "run"))
     config = json.loads((path / "config.json").read_text())
     config["replay_columns"] = {"actions": [0, 1], "observations": [1, 5]}
     (path / "config.json").write_text(json.dumps(config))
+    positions = np.arange(20, dtype=np.float32).reshape(10, 2)
     rows = np.hstack([np.ones((10, 1), np.float32), positions, positions])
     (path / "replay.bin").write_bytes(rows.tobytes() + b"half")
     np.testing.assert_array_equal(plot_run.visited(plot_run.open_run(path)), positions)
@@ -79,8 +67,8 @@ def refused(main, argv, capsys):
     return err
 
 
-def test_a_half_written_last_record_is_drawn_past_and_damage_is_named(tmp_path, capsys):
-    path = copy_of("iql_ooo", tmp_path)
+def test_a_half_written_last_record_is_drawn_past_and_damage_is_named(runs, tmp_path, capsys):
+    path = Path(shutil.copytree(runs["rlpd_ooo"], tmp_path / "run"))
     whole = (path / "metrics.jsonl").read_text()
     (path / "metrics.jsonl").write_text(whole + '{"phase": ')
     plot_run.main([str(path)])
@@ -100,15 +88,15 @@ def test_a_half_written_last_record_is_drawn_past_and_damage_is_named(tmp_path, 
     (["RUN", "--out", "none/x.png"], "none/x.png"), (["RUN", "--out", "x.xyz"], "x.xyz"), (["RUN", "--out", "."], "."),
     (["RUN", "POINT", "--out", "x.png"], "point mass"), (["~/none"], "/home/of/nobody/none"),
 ])
-def test_bad_input_of_plot_run_is_one_line(argv, words, in_tmp, capsys, monkeypatch):
+def test_bad_input_of_plot_run_is_one_line(argv, words, runs, in_tmp, capsys, monkeypatch):
     monkeypatch.setenv("HOME", "/home/of/nobody")
-    names = {"RUN": str(RESULTS / RUNS["rlpd_ooo"]), "POINT": str(RESULTS / RUNS["pointmass_didactic"])}
+    names = {"RUN": str(runs["rlpd_ooo"]), "POINT": str(runs["pointmass_didactic"])}
     assert words in refused(plot_run.main, [names.get(word, word) for word in argv], capsys)
     assert list(in_tmp.iterdir()) == []
 
 
 def test_bad_input_of_the_chain_is_one_line(tmp_path, capsys):
-    run = str(RESULTS / RUNS["pointmass_didactic"])
+    run = str(ROOT / "results" / "pointmass" / "main")
     for cell in ("0", "nan", "inf"):
         assert f"--cell {cell}" in refused(pointmass_chain.main, [run, "--cell", cell], capsys)
     assert "config.json" in refused(pointmass_chain.main, [run], capsys)  # of an earlier version

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import iql_ooo  # noqa: E402
 from reproduce import ANTMAZE, HARD, MAZE2D, fail, output_folder, run_main, write_whole  # noqa: E402
-from tools.plot_run import draw_maze, draw_points, load_dataset, maze_of, plt  # noqa: E402
+from tools.plot_run import draw_maze, draw_points, maze_of, plt  # noqa: E402
 
 HAMMER = HARD[-1]
 DEMONSTRATIONS = 100  # drawn of hammer
@@ -41,7 +41,7 @@ class Args:
 def offline_data(env, env_id, *flags):
     """The task's offline data as {column: (n, ...)} and its settings; flags are iql_ooo.py's."""
     settings = iql_ooo.parse_args(["--env-id", env_id, *flags])
-    return load_dataset(iql_ooo, settings, env, settings.seed)[0], settings
+    return iql_ooo.load_dataset(settings, env, settings.seed)[0], settings
 
 
 # === panels ===

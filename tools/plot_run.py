@@ -16,12 +16,10 @@ exploitation policies; on the right the last policies, a line joining exploratio
 """
 
 import importlib
-import inspect
 import io
 import json
 import os
 import sys
-import zipfile
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,10 +91,7 @@ def open_run(folder):
 
 
 # === what this takes from the scripts ===
-# Each twice: as the scripts that write a run_id have it, and as the others do.
 def episode_score(script, env_id, episode):
-    if hasattr(script, "normalized_score"):
-        return script.normalized_score(script.ENVIRONMENTS[env_id], episode)
     key, low, high = script.TASKS[env_id].score
     return 100 * (episode[key] - low) / (high - low)
 
@@ -106,33 +101,21 @@ def maze_of(script, env_id):
     if not env_id.startswith(("maze2d", "antmaze")):
         return None
     env = script.make_env(env_id)
-    goal = env.center if hasattr(env, "center") else env.task.goal
-    return env, np.add(goal, script.ANTMAZE_DATA_GOAL_OFFSET if "antmaze" in env_id else 0), script.GOAL_RADIUS
-
-
-def load_dataset(script, a, env, seed):
-    """The offline data of settings a, and its report; SystemExit, its reason on stderr, where it is not there."""
-    if "args" in inspect.signature(script.load_dataset).parameters:
-        return script.load_dataset(a, env, seed)
-    return script.load_dataset(
-        a.env_id, env, dataset_ids=tuple(a.dataset_id), dataset_path=a.dataset_path, seed=seed,
-        truncate_episodes=a.truncate_episodes, data_subset=a.data_subset,
-        remove_discs=[tuple(disc) for disc in a.remove_discs])
+    offset = script.ANTMAZE_DATA_GOAL_OFFSET if "antmaze" in env_id else 0
+    return env, np.add(env.center, offset), script.GOAL_RADIUS
 
 
 def roll_out(run, env, file, episodes):
     """Episodes of a saved policy as evaluate's dicts, each with its path (length, 2). The seed is that of --eval-only:
     start states that training has not used."""
     policy, positions = run.script.load_policy(file), []
-    act = policy[0] if isinstance(policy, tuple) else policy.act
 
-    def act_and_record(obs):
+    def act(obs):
         positions.append(obs[:2].copy())
-        return act(obs)
+        return policy.act(obs)
 
-    agent = act_and_record if isinstance(policy, tuple) else SimpleNamespace(act=act_and_record)
-    results = run.script.evaluate(env, agent, episodes, run.script.derive_seed(run.args.seed, "eval-only"))
-    results = results[0] if isinstance(results, tuple) else results
+    results, _ = run.script.evaluate(
+        env, SimpleNamespace(act=act), episodes, run.script.derive_seed(run.args.seed, "eval-only"))
     paths = np.split(np.array(positions), np.cumsum([episode["length"] for episode in results])[:-1])
     return [episode | {"path": path} for path, episode in zip(paths, results, strict=True)]
 
@@ -273,7 +256,7 @@ def draw_offline_data(ax, run, explorer, maze):
     reason = io.StringIO()
     try:
         with redirect_stderr(reason):  # --data-subset was drawn with the explorer's seed
-            data, report = load_dataset(run.script, run.args, maze[0], (explorer or run).args.seed)
+            data, report = run.script.load_dataset(run.args, maze[0], (explorer or run).args.seed)
     except SystemExit:  # what load_dataset does when the data is not there; the figure goes on without it
         print(f"offline data panel left out: {reason.getvalue().strip().removeprefix('error: ')}")
         return note(ax, "not available here")
@@ -287,20 +270,17 @@ def draw_offline_data(ax, run, explorer, maze):
 def visited(run):
     """Positions (n, 2) of the online transitions that the run has kept, in their order."""
     done = max(record["env_step"] for record in run.metrics)
-    if columns := run.config.get("replay_columns"):  # {name: [start, stop]} of a row of floats
-        width, start = max(stop for _, stop in columns.values()), columns["observations"][0]
-        rows = np.fromfile(run.path / "replay.bin", np.float32)
-        return rows[: len(rows) // width * width].reshape(-1, width)[:done, start : start + 2]
-    chunks = sorted((run.path / "replay").glob("online-*.npz"))
-    parts = [np.load(path, allow_pickle=False)["observations"][:, :2] for path in chunks]
-    return np.concatenate(parts) if parts else np.zeros((0, 2))
+    columns = run.config["replay_columns"]  # {name: [start, stop]} of a row of floats
+    width, start = max(stop for _, stop in columns.values()), columns["observations"][0]
+    rows = np.fromfile(run.path / "replay.bin", np.float32)
+    return rows[: len(rows) // width * width].reshape(-1, width)[:done, start : start + 2]
 
 
 def draw_online_data(ax, run, explorer, maze):
     draw_maze(ax, maze, run.args.remove_discs, "Online visits" if run.baseline else "Online exploration")
     try:
         positions = visited(explorer) if explorer else []
-    except (OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, IndexError) as error:
         print(f"online data panel left out: the replay data of {explorer.path} cannot be read ({error})")
         return note(ax, "replay data is damaged")
     if not len(positions):
