@@ -437,15 +437,15 @@ def say(runs):
     """What was seen in runs with both policies, in one sentence."""
     ends = []
     for run in runs:
-        last = {record["phase"]: record["eval/success_rate"] for record in run.metrics if "eval/success_rate" in record}
+        last = {record["phase"]: f"{record['eval/success_rate']:.0%} (score {record['eval/normalized_score']:.0f})"
+                for record in run.metrics if "eval/normalized_score" in record}
         if {"online", "retrain"} <= last.keys():
-            ends.append((run.args.seed, last["online"], last["retrain"]))
+            ends.append((str(run.args.seed), last["online"], last["retrain"]))
     if ends:
-        seeds, before, after = zip(*ends, strict=True)
-        shares = [" and ".join(f"{share:.0%}" for share in group) for group in (before, after)]
-        print(f"seed {' and '.join(map(str, seeds))}: the exploration policy, which alone touched the environment, "
-              f"succeeds in {shares[0]} of its last evaluation's episodes; the exploitation policy, retrained offline "
-              f"on its data without the bonus, in {shares[1]}")
+        seeds, before, after = (" and ".join(words) for words in zip(*ends, strict=True))
+        print(f"seed {seeds}: the exploration policy, which alone touched the environment, succeeds in {before} of its "
+              "last evaluation's episodes; the exploitation policy, retrained offline on its data without the bonus, "
+              f"in {after}")
 
 
 def main(argv=None):
