@@ -488,7 +488,8 @@ def bootstrap(scores, statistic):
         warnings.simplefilter("ignore")
         from rliable.library import get_interval_estimates
 
-        points, around = get_interval_estimates(scores, statistic, reps=2000, random_state=np.random.RandomState(0))
+        np.random.seed(0)  # rliable draws from the global generator, whatever random_state it is given
+        points, around = get_interval_estimates(scores, statistic, reps=2000)
     return {name: (np.ravel(points[name])[0].item(), np.ravel(around[name]).tolist()) for name in scores}
 
 

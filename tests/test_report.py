@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import tarfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from test_structure import load
 import report
 import reproduce
 
+ROOT = Path(report.__file__).parent
 HAMMER, PEN = "hammer-truncated-expert-v1", "pen-binary-v0"
 VERSIONS = {"python": "3.11.7", "torch": "2.13.0"}
 
@@ -98,6 +100,15 @@ def test_the_small_preset_shows_means_of_the_last_three_evaluations(tmp_path):
     assert {name: text.split(" [")[0] for name, text in row.items()} == {
         "IQL": "**15.0**", "IQL + RND": "**15.0**", "OOO (IQL)": "**30.0**", "TD3 + RND": "missing", "PEX": "missing"}
     assert row["IQL"].endswith("[10.0, 20.0] (0 %), 2 seeds")
+
+
+def test_the_table_in_the_docs_is_that_of_the_packed_runs(tmp_path):
+    with tarfile.open(ROOT / "results" / "small_preset.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    text = run_report(tmp_path, "--only", "small", runs=tmp_path / "small_preset").split("## Runs")[0]
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert len(rows) == 1 + len(reproduce.SMALL)
+    assert all(row in (ROOT / "docs" / "results.md").read_text() for row in rows)
 
 
 def test_statistics_of_a_table(hammer, tmp_path):

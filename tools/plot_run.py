@@ -434,18 +434,17 @@ def figure_of_runs(runs):
 
 
 def say(runs):
-    """What was seen in runs with both policies, in one sentence."""
-    ends = []
+    """What was seen in the seeds of one experiment with both policies, in one sentence."""
+    ends, keys = {}, ("eval/success_rate", "eval/normalized_score")
     for run in runs:
-        last = {record["phase"]: f"{record['eval/success_rate']:.0%} (score {record['eval/normalized_score']:.0f})"
-                for record in run.metrics if "eval/normalized_score" in record}
+        last = {x["phase"]: [x[key] for key in keys] for x in run.metrics if keys[1] in x}
         if {"online", "retrain"} <= last.keys():
-            ends.append((str(run.args.seed), last["online"], last["retrain"]))
-    if ends:
-        seeds, before, after = (" and ".join(words) for words in zip(*ends, strict=True))
-        print(f"seed {seeds}: the exploration policy, which alone touched the environment, succeeds in {before} of its "
-              "last evaluation's episodes; the exploitation policy, retrained offline on its data without the bonus, "
-              f"in {after}")
+            ends[run.args.seed] = last["online"], last["retrain"]
+    if ends and len({(run.args.env_id, run.args.exp_name) for run in runs}) == 1:
+        before, after = (f"{rate:.0%} (score {score:.0f})" for rate, score in np.mean(list(ends.values()), 0))
+        print(f"seed{'s' * (len(ends) > 1)} {' '.join(map(str, ends))}: the exploration policy, which alone touched "
+              f"the environment, succeeds in {before} of its last evaluation's episodes; the exploitation policy, "
+              f"retrained offline on its data without the bonus, in {after}")
 
 
 def main(argv=None):
