@@ -1313,16 +1313,15 @@ def setup_torch(args):
         fail("--cudagraphs needs a CUDA device; leave it out on the CPU")
     torch.set_num_threads(args.torch_threads)
     torch.set_float32_matmul_precision(args.matmul_precision)
-    auto, updates = args.compile == "auto", count_updates(args)
+    auto, updates, compiler = args.compile == "auto", count_updates(args), None
     if auto:
         args.compile = "on" if updates >= COMPILE_PAYS else "off"
     if args.compile == "on":
-        try:
-            torch._inductor.cpp_builder.get_cpp_compiler()
-        except RuntimeError:
-            if not auto:
-                fail("--compile on needs a C++ compiler, and there is none that works: install g++, or leave it off")
-            args.compile = "off"
+        with suppress(RuntimeError):
+            compiler = shutil.which(torch._inductor.cpp_builder.get_cpp_compiler())
+        if not compiler and not auto:
+            fail("--compile on needs a C++ compiler, and there is none that works: install g++, or leave it off")
+        args.compile = "on" if compiler else "off"
     if auto:
         print(f"--compile auto: {args.compile} ({updates:,} updates; on from {COMPILE_PAYS:,}, with a C++ compiler)")
     return device

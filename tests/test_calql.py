@@ -644,7 +644,7 @@ def test_all_phases(env_id, tiny, session):
         state = agent.state_dict()
         assert [name for name in state if torch.equal(state[name], first[name])] in ([], ["q_bounds"])
 
-    _, explore, *exploit = updates  # pretraining, online, retrainings
+    explore, *exploit = updates  # pretraining and online phase, retrainings
     _, buffer, explorer, rnd, exploitation = explore
     assert rnd is not None and not exploitation and not explorer.critic.unit_features
     assert [tuple(w.shape[1:]) for w in explorer.critic.weights][1:] == [(16, 16), (16, 1)]

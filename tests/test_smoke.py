@@ -400,7 +400,7 @@ def test_sync(tiny, session):
     tiny(PEN)
     after = []
 
-    def before(run, buffer, explorer, rnd, env, eval_env, until):
+    def before(run, buffer, explorer, rnd, update, env, eval_env, until):
         after.append((run.progress["env_step"], copy.deepcopy(explorer.state_dict()),
                       {int(state["step"]) for o in explorer.optimizers for state in o.state.values()}))
 
