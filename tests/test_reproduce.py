@@ -388,6 +388,7 @@ def test_a_killed_script_and_an_interrupted_driver_continue(undisturbed, started
     assert reproducible(run_dir) == reproducible(undisturbed / "runs" / name)
 
 
+@pytest.mark.slow  # minutes: every algorithm and ablation, through Ray
 def test_all_of_smoke_and_its_report(started, tmp_path):
     out, _ = finish(started(tmp_path, "smoke", "--seeds", "1"), timeout=1800)
     n = len(expand("smoke", "--seeds", "1"))
