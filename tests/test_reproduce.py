@@ -121,6 +121,7 @@ def test_options_narrow_and_scale():
     (["table2", "--only", "hammer-truncated-expert-v0"], ["did you mean hammer-truncated-expert-v1"]),
     (["table2", "--algorithms", "iql_oo"], ["did you mean iql_ooo"]),
     (["table2", "--seeds", "0"], ["--seeds 0", "from 1 to"]),
+    (["table1", "--preset", "small"], ["--preset small has table2 only"]),
     (["table2", "--scale", "0"], ["--scale 0"]),
     (["table2", "--scale", "inf"], ["--scale inf"]),
     (["table2", "--gpus-per-run", "-1"], ["--gpus-per-run -1"]),
