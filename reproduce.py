@@ -121,8 +121,8 @@ SMOKE = {
                              "--eval-episodes 5 --log-every 20 --checkpoint-every 20",
 }
 
-# --preset small: minutes of one core a run of the IQL family, the same settings for every method. Chosen on seeds from 101
-# on; on the large maze and hammer nothing was learnt there at such budgets (docs/results.md).
+# --preset small: minutes of one core a run of the IQL family, the same settings for every method. Chosen on seeds from
+# 101 on; on the large maze and hammer nothing was learnt there at such budgets (docs/results.md).
 SMALL = {  # task: data ("": D4RL's; tools/collect_pointmaze.py), steps of pretraining, online, retraining, evaluations
     "maze2d-missing-data-umaze-v1": ("ooo/pointmaze/umaze-v0", 2_000, 4_000, 6_000, 1_000),
     "maze2d-missing-data-medium-v1": ("ooo/pointmaze/medium-v0", 3_000, 10_000, 12_000, 2_000),
