@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -402,3 +403,17 @@ def test_interrupt_while_the_packages_load(box):
         time.sleep(0.01)
     os.kill(child.pid, signal.SIGINT)
     assert child.wait().code == 130 and child.err == "error: interrupted; nothing was written\n"
+
+
+def test_a_compiler_that_fails_is_one_line_and_a_fault_of_the_script_is_not(capsys, monkeypatch):
+    from torch._dynamo.exc import TorchDynamoException
+
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, stream, getattr(sys, stream))
+    with pytest.raises(SystemExit) as stop, ooo.one_line_errors():
+        raise TorchDynamoException("backend='inductor' raised:\nCppCompileError: no allocator")
+    err = capsys.readouterr().err
+    assert stop.value.code == 1 and err.count("\n") == 1
+    assert err.startswith("error: torch.compile: CppCompileError: no allocator; delete its cache (")
+    with pytest.raises(RuntimeError, match="a fault"), ooo.one_line_errors():
+        raise RuntimeError("a fault")
