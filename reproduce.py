@@ -127,7 +127,7 @@ SMALL = {  # task: data ("": D4RL's; tools/collect_pointmaze.py), steps of pretr
     "maze2d-missing-data-umaze-v1": ("ooo/pointmaze/umaze-v0", 2_000, 4_000, 6_000, 1_000),
     "maze2d-missing-data-medium-v1": ("ooo/pointmaze/medium-v0", 3_000, 10_000, 12_000, 2_000),
     MAZE2D: ("ooo/pointmaze/large-v0", 4_000, 20_000, 20_000, 4_000),
-    "hammer-truncated-expert-v1": ("", 4_000, 12_000, 12_000, 2_000),
+    "hammer-truncated-expert-v1": ("", 20_000, 20_000, 20_000, 4_000),
     "pen-binary-v0": ("", 4_000, 12_000, 12_000, 2_000),
 }
 SMALL_TARGETS = {"table2": [(tuple(SMALL), BASELINES + IQL_PAIR)]}
