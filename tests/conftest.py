@@ -16,10 +16,7 @@ def pytest_addoption(parser):
     parser.addoption("--runslow", action="store_true", help="also run tests marked slow")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config, items):
-    for item in items:  # what shares a setup runs in one process: a file's tests, and all that need the finished runs
-        item.add_marker(pytest.mark.xdist_group("runs" if "runs" in item.fixturenames else item.path.stem))
     if not config.getoption("--runslow"):
         for item in items:
             if "slow" in item.keywords:

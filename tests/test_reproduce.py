@@ -154,7 +154,8 @@ def test_no_number_may_be_nan(name, capsys):
 def test_flags_that_a_script_refuses_are_refused_before_anything_starts(flags, words, in_tmp, capsys):
     for dry in (["--dry-run"], []) if flags == "--gamma nan" else ([],):
         with pytest.raises(SystemExit) as stop:
-            reproduce.main(["table2", "--only", "hammer-truncated-expert-v1", "--seeds", "1", *dry, "--", *flags.split()])
+            only = ["--only", "hammer-truncated-expert-v1", "--seeds", "1"]
+            reproduce.main(["table2", *only, *dry, "--", *flags.split()])
         out, err = capsys.readouterr()
         assert stop.value.code == 2 and err.count("\n") == 1 and out == ""
         assert all(word in err for word in words), err
