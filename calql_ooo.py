@@ -1,8 +1,8 @@
 # /// script
 # requires-python = ">=3.11,<3.14"
 # dependencies = ["torch==2.13.0", "numpy==2.4.6", "gymnasium==1.4.0", "gymnasium-robotics==1.4.2", "mujoco==3.3.7",
-#     "minari[hdf5,hf]==0.5.4", "tyro==1.0.17", "tqdm==4.70.1", "psutil==7.2.2", "filelock==4.3.1", "imageio==2.38.1",
-#     "imageio-ffmpeg==0.8.1", "wandb==0.31.0"]
+#     "minari[hdf5,hf]==0.5.4", "pydantic==2.14.4", "tyro==1.0.17", "tqdm==4.70.1", "filelock==4.3.1",
+#     "imageio==2.38.1", "imageio-ffmpeg==0.8.1", "wandb==0.31.0"]
 # ///
 """OOO (Cal-QL): explore with calibrated Q-learning + RND, then retrain CQL offline on all the data.
 
@@ -17,73 +17,74 @@ Algorithm 1. Cal-QL: arXiv 2303.05479. CQL: arXiv 2006.04779. RND: arXiv 1810.12
     python calql_ooo.py --eval-only runs/pen-binary-v0__calql_ooo__1 --episodes 100 --video     # the saved policy
     python calql_ooo.py --exploit-only runs/pen-binary-v0__calql_ooo__1 --retrain-early-stop 0.2 --exp-name early_stop
     python calql_ooo.py --env-id pen-binary-v0 --cql-alpha 0 --no-max-target-backup --backup-entropy --exp-name sac
+  A control that the paper does not have:
+    python calql_ooo.py --env-id pen-binary-v0 --offline-steps 0 --online-steps 0 --retrain-at 0 --exp-name offline_only
 
-Where paper and official code differ, the paper wins where it is explicit, else the code, except where the published
-coefficients were tuned with the code's form (5, 6). Each choice and exception:
- 1. Exploration is calibrated (paper); the published commands never switch it on (--no-calibrate).
- 2. The Monte-Carlo return bounds the uniform actions' Q too (the paper's improvement; --no-bound-uniform-actions).
- 3. Intrinsic Monte-Carlo returns are not in the bound (code, whose sum is never used); --intrinsic-bound adds them,
-    scaled (the paper's intent). They are finite sums in all tasks, so still lower bounds.
- 4. RND learns all the time; the code's compiled update holds it at its first state. Its reward comes before its step;
-    two hidden layers and a linear one that starts small, here and in the policy (both as the code).
- 5. Intrinsic reward of s': largest squared feature error (code; --rnd-reward l2 is the paper's squared norm), divided
-    by the running standard deviation of the raw errors (appendix A; --rnd-normalizer code: of rewards already divided,
-    with which the small last layer leaves a bonus of about 0.0015 in place of 1).
- 6. Bonus coefficient 50 on antmaze, whose rewards are scaled by 10 (tuned with the code): a reading; the paper says 10
-    for its mazes.
- 7. With importance sampling the logsumexp is over 30 actions (code); without it (kitchen) the data's is the 31st, which
-    none of the authors' stored vectors covers.
- 8. One set of random numbers for all losses of an update; the code draws anew for each loss.
- 9. Feature normalisation reaches the exploitation Q function (paper); the code never hands it over.
-10. kitchen-complete: the exploitation Q has 256 units a layer (paper); the command has 512.
-11. Exploitation takes 500k steps on binary Adroit (paper; the commands 1M) and kitchen 4M online steps (paper; two of
-    the commands 1M). Hammer's takes 1M (command): a reading, the paper's "Adroit" may include hammer.
-12. Kitchen observations are 30 of D4RL's 60 numbers, without the goal, which never changes: a reading.
-13. Kitchen: no state is terminal in exploration (code: its test for a solved task cannot be met), and infinitely many
-    further rewards like the last are in the return; in exploitation solved states are terminal. Ends of
+Paper and official code differ. The paper is followed where it is explicit, else the code. Exceptions are 5 and 6: the
+published coefficients were tuned with the code's form. "# choice N" marks where a choice acts.
+ 1. Exploration is calibrated, as in the paper. The published commands never switch it on (--no-calibrate).
+ 2. The Monte-Carlo return also bounds the Q of uniform actions (the paper's improvement; --no-bound-uniform-actions).
+ 3. Returns of the intrinsic reward are not in the bound: the code computes them and does not use them. The paper wants
+    them there: --intrinsic-bound. They are finite sums in all tasks, so the bound stays a lower one.
+ 4. RND learns all the time. The code's compiled update holds it at its first state. Its reward comes before its step.
+    It has two hidden layers and a linear one that starts small, as the policy's does (both as the code).
+ 5. The intrinsic reward of s' is the largest squared feature error (code; --rnd-reward l2: the paper's squared norm),
+    divided by the running standard deviation of the raw errors (appendix A). --rnd-normalizer code: the statistic is
+    updated with normalised rewards; with the small last layer the bonus is then about 0.0015, not 1.
+ 6. The bonus coefficient is 50 on antmaze, tuned with the code, whose rewards are scaled by 10 there: our
+    interpretation. The paper says 10 for its mazes.
+ 7. With importance sampling the logsumexp is over 30 sampled actions (code). Without it (kitchen) the data's action is
+    the 31st. That form was never compared with the authors' own update, as the others were.
+ 8. One set of random numbers serves all losses of an update. The code draws anew for each loss.
+ 9. The exploitation Q function has normalised features (paper). The code has the flag and does not hand it over.
+10. kitchen-complete: the exploitation Q function has 256 units a layer (paper). The command has 512.
+11. Exploitation takes 500k steps on binary Adroit (paper; commands: 1M), kitchen 4M online steps (paper; two of the
+    commands: 1M). Hammer's takes 1M (command): our interpretation, the paper's "Adroit" may include hammer.
+12. Kitchen observations are 30 of D4RL's 60 numbers, without the constant goal: our interpretation.
+13. Kitchen: no state is terminal in exploration, where the code's test for a solved task is never true, and the last
+    reward of a trajectory goes on for ever in its return. In exploitation solved states are terminal. Ends of
     demonstrations are not.
-14. Returns are summed within trajectories, also in data with holes; the code joins all that it reloads. A sparse
-    trajectory that never succeeds has r / (1 - gamma) everywhere (code).
-15. Clipped to Q bounds is the next state's Q before discount and bonus (code).
+14. Returns are summed within trajectories, also in data with holes. The code joins all that it reloads. A sparse
+    trajectory without success has r / (1 - gamma) everywhere (code).
+15. Q bounds clip the next state's Q, before discount and bonus (code).
 16. Antmaze has no published exploitation command: as maze2d's, without upsampling.
-17. Adroit's success ends a training episode (code); evaluation plays on, which its success rate does not notice.
-18. All retrainings run after the online phase, each on exactly D_off + D_on[:t].
-19. Today's packages: docs/tasks.md (signs, horizons, mazes, goals, noise). The two small mazes are not of the paper.
+17. Adroit's success ends a training episode (code). Evaluation plays on, which does not change its success rate.
+18. Hammer: the cut of a demonstration is terminal (code; --bootstrap-at-cut).
+19. --retrain-upsample rows come on top of each batch. They are online rows alone: those with the largest reward that is
+    there, or on hammer of 25 at least (code). The offline part of a batch is rounded down (code).
+20. All retrainings run after the online phase, each on exactly D_off + D_on[:t].
+21. Today's packages: docs/tasks.md (signs, horizons, mazes, goals, noise). The two small mazes are not of the paper.
 """
-
-import os
-import signal
-
-if __name__ == "__main__":  # Ctrl-C while the packages load is one line too
-    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"error: interrupted; nothing was written\n"), os._exit(130)))
 
 import errno
 import hashlib
 import io
 import json
+import os
 import platform
 import re
 import secrets
 import shlex
-import shutil
+import signal
 import subprocess
 import sys
 import time
 import zipfile
 import zlib
-from contextlib import contextmanager, redirect_stderr, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from contextlib import redirect_stderr, suppress
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, NoReturn
 
 import gymnasium as gym
 import numpy as np
-import psutil
 import torch
 import torch.nn.functional as F
 import tyro
 from filelock import FileLock, Timeout
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
 from torch import nn
 from tqdm import tqdm
 
@@ -93,16 +94,17 @@ INF = float("inf")
 
 # === tasks ===
 class Task(NamedTuple):
-    """A task of the paper on today's packages, and what it changes in Args."""
+    """A task on today's packages, and what it changes in Args. One's own: docs/tasks.md."""
 
-    family: str
+    family: str  # which reward and success: see task_reward; any other word: the environment's own
     gym_id: str
     horizon: int  # steps of an episode
     datasets: tuple[str, ...]  # Minari ids; ID:N for its first N episodes
     kwargs: dict  # of gym.make
     settings: dict  # overrides of Args
-    score: tuple[str, float, float] = ("success", 0.0, 1.0)  # what an episode scores, its 0 and its 100 (D4RL's)
+    score: tuple[str, float, float] = ("return", 0.0, 100.0)  # what an episode scores, its 0 and its 100 (D4RL's)
     goal_cell: tuple[int, int] | None = None  # (row, column) of the maze
+    far: int = 2  # mazes: a start of more cells than this from the goal is far
 
 
 # Settings are the official Cal-QL commands' (see the choices above), which write a reward as r * scale + bias; here it
@@ -112,8 +114,8 @@ def adroit(name, horizon):
     return Task(
         name, f"AdroitHand{name.title()}-v1", horizon, (f"D4RL/{name}/human-v2:25", f"D4RL/{name}/cloned-v2:500"), {},
         dict(offline_steps=20_000, retrain_steps=500_000, cql_alpha=1.0, reward_scale=10.0, reward_bias=0.5,
-             negative_reward=-1.0, successful_only=True, end_at_success=True, retrain_offline_ratio=0.5,
-             upsample_reward=0.0))
+             negative_reward=-1.0, successful_only=True, end_at_success=True, retrain_offline_ratio=0.5),
+        ("success", 0.0, 1.0))
 
 
 def kitchen(name, *subtasks, **settings):
@@ -131,11 +133,11 @@ MAZE = dict(hidden_dims=(256, 256), critic_hidden_dims=(256, 256, 256, 256), cql
             reward_bias=-0.5, negative_reward=0.0)
 
 
-def maze2d(name, horizon, low, high, goal_cell, **settings):
+def maze2d(name, horizon, low, high, goal_cell, far=2, **settings):
     return Task("maze2d", f"PointMaze_{name}-v3", horizon, (f"D4RL/pointmaze/{name.lower()}-v2",),
                 dict(continuing_task=True, reset_target=False),
                 dict(MAZE, retrain_at=(250_000, 500_000), intrinsic_reward_scale=10.0, q_reward_bounds=(-5.0, 6.0),
-                     retrain_upsample=32) | settings, ("return", low, high), goal_cell)
+                     retrain_upsample=32) | settings, ("return", low, high), goal_cell, far)
 
 
 TASKS = {
@@ -158,27 +160,49 @@ TASKS = {
     "hammer-truncated-expert-v1": Task(
         "hammer", "AdroitHandHammer-v1", 200, ("D4RL/hammer/expert-v2",), {},
         dict(offline_steps=20_000, retrain_at=(250_000, 500_000, 1_000_000), cql_alpha=1.0, truncate_episodes=20,
-             terminate_offline_ends=True, q_reward_bounds=(-INF, 103.0), retrain_reward_scale=0.01,
-             retrain_upsample=32, upsample_reward=25.0), ("return", -274.856578, 12794.134825156867)),
+             q_reward_bounds=(-INF, 103.0), retrain_reward_scale=0.01, retrain_upsample=32, upsample_reward=25.0),
+        ("return", -274.856578, 12794.134825156867)),
     # Not of the paper: small mazes to try things on, with D4RL's goals, horizons and score ranges.
-    "maze2d-missing-data-umaze-v1": maze2d("UMaze", 300, 23.85, 161.86, (1, 1), remove_discs=((-1.0, 1.0, 1.0),)),
+    "maze2d-missing-data-umaze-v1": maze2d(
+        "UMaze", 300, 23.85, 161.86, (1, 1), far=1, remove_discs=((-1.0, 1.0, 1.0),)),
     "maze2d-missing-data-medium-v1": maze2d("Medium", 600, 13.13, 277.39, (6, 6), remove_discs=((2.5, -2.5, 1.5),)),
 }
 
 
 # === arguments ===
-@dataclass
+# === shared block: ranges ===
+# The type of a setting says its range: pydantic refuses what lies outside, on the command line and in a config.json.
+Steps = Annotated[int, Field(ge=0, le=10**10)]  # 0: none
+Count = Annotated[int, Field(ge=1, le=10**10)]
+Width = Annotated[int, Field(ge=1, le=4096)]
+Real = Annotated[float, Field(ge=-1e9, le=1e9)]
+Factor = Annotated[float, Field(ge=0, le=1e6)]
+Positive = Annotated[float, Field(gt=0, le=1e6)]
+Rate = Annotated[float, Field(gt=0, le=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Inside = Annotated[float, Field(gt=0, lt=1)]
+LogStd = Annotated[float, Field(ge=-20, le=2)]
+Name = Annotated[str, Field(pattern=r"^\w[\w.+=,-]{0,99}$")]  # names a folder
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+# === end shared block: ranges ===
+Portion = Annotated[float, Field(ge=0, le=1)]
+Bound = Annotated[float, Field(ge=-INF, le=INF)]  # not NaN
+
+
+@dataclass(config=ConfigDict(extra="forbid"))
 class Args:
     # --- experiment ---
     env_id: Literal[tuple(TASKS)] = "pen-binary-v0"  # task
-    seed: int = 1  # seed of everything random in the run
-    exp_name: str = Path(__file__).stem  # middle part of the run directory's name
+    seed: Seed = 1  # seed of everything random in the run
+    exp_name: Name = Path(__file__).stem  # middle part of the run directory's name
     runs_dir: str = "runs"  # folder of the run directories
-    scale: float = 1.0  # multiplies every budget and interval (steps, not episodes or batch size)
+    scale: Positive = 1.0  # multiplies every budget and interval; episodes of evaluations shrink with it, to 5 at least
     device: str = "auto"  # auto (cuda if there is one), cpu, cuda or cuda:N
-    torch_threads: int = 1  # CPU threads of torch; several runs side by side use a machine better than one with many
+    torch_threads: Width = 1  # CPU threads of torch; several runs side by side use a machine better than one with many
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products; medium may round to bf16
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of the updates; auto: where it saves time
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of the updates; auto: where it saves time and works
     cudagraphs: bool = False  # replay the updates as CUDA graphs (cuda only)
     resume: bool = False  # continue the run of the same name from its last checkpoint
     eval_only: str = ""  # RUN_DIR of a run: evaluate its last exploitation policy, train nothing
@@ -187,96 +211,84 @@ class Args:
     # --- task and data ---
     dataset_id: tuple[str, ...] = ()  # Minari ids, each optionally ID:N for its first N episodes (default: the task's)
     dataset_path: str = ""  # an .npz with D4RL's keys instead of Minari data
-    truncate_episodes: int = 0  # keep the first N transitions of every offline episode (0: all)
-    data_subset: int = 0  # keep N random offline transitions (0: all); drawn before discs are removed
-    remove_discs: tuple[tuple[float, float, float], ...] = ()  # X Y RADIUS ...: offline transitions inside are removed
+    truncate_episodes: Steps = 0  # keep the first N transitions of every offline episode (0: all)
+    bootstrap_at_cut: bool = False  # bootstrap at the cut of --truncate-episodes; the official Cal-QL code does not
+    data_subset: Steps = 0  # keep N random offline transitions (0: all); drawn before discs are removed
+    remove_discs: tuple[tuple[Real, Real, Real], ...] = ()  # X Y RADIUS ...: offline transitions inside are removed
     kitchen_cumulative: bool = False  # kitchen's offline rewards count tasks ever completed, not those that hold now
-    reward_scale: float = 1.0  # sampled rewards are (r + reward_bias) * reward_scale; stored rewards stay raw
-    reward_bias: float = 0.0  # see reward_scale
-    mask_reward: float | None = None  # if set, masks are 0 exactly where the raw reward equals this (kitchen: 4)
+    reward_scale: Factor = 1.0  # sampled rewards are (r + reward_bias) * reward_scale; stored rewards stay raw
+    reward_bias: Real = 0.0  # see reward_scale
+    mask_reward: Real | None = None  # if set, masks are 0 where the raw reward equals this (kitchen: 4)
     successful_only: bool = False  # keep offline episodes with a reward of 0 only, up to the last one; each is terminal
-    terminate_offline_ends: bool = False  # the last transition of each offline episode is terminal (hammer)
     end_at_success: bool = False  # a success ends the training episode and is terminal (binary Adroit)
     # --- phases ---
-    offline_steps: int = 500_000  # pretraining: gradient steps on D_off
-    online_steps: int = 1_000_000  # online phase: environment steps; after each trajectory as many gradient steps
-    retrain_at: tuple[int, ...] = (250_000, 500_000, 750_000, 1_000_000)  # steps t: retraining on D_off + D_on[:t]
-    retrain_steps: int = 1_000_000  # gradient steps of one retraining
-    eval_every: int = 50_000  # steps of the phase under way between evaluations (official code: 5,000)
-    eval_episodes: Annotated[int, tyro.conf.arg(aliases=["--episodes"])] = 100  # episodes of one evaluation
-    log_every: int = 1_000  # steps between records of losses and of the intrinsic reward
-    checkpoint_every: int = 10_000  # steps between checkpoints; online at the next end of an episode
+    offline_steps: Steps = 500_000  # pretraining: gradient steps on D_off
+    online_steps: Steps = 1_000_000  # online phase: environment steps; after each trajectory as many gradient steps
+    retrain_at: tuple[Steps, ...] = (250_000, 500_000, 750_000, 1_000_000)  # retrain on D_off + D_on[:t]; 0: on D_off
+    retrain_steps: Count = 1_000_000  # gradient steps of one retraining
+    eval_every: Count = 50_000  # steps of the phase under way between evaluations (official code: 5,000)
+    eval_episodes: Annotated[Count, tyro.conf.arg(aliases=["--episodes"])] = 100  # episodes of one evaluation
+    final_episodes: Count = 100  # episodes of the last evaluation of each policy, on start states of its own
+    log_every: Count = 1_000  # steps between records of losses and of the intrinsic reward
+    checkpoint_every: Count = 10_000  # steps between checkpoints; online at the next end of an episode
     # --- Cal-QL, exploration (CQL in exploitation: the same without calibration) ---
-    offline_ratio: float = 0.5  # share of offline transitions in the batches of the online phase (mixing ratio)
-    batch_size: int = 256  # transitions of one gradient step, without retrain_upsample
-    learning_rate: float = 3e-4  # Adam's rate for the critics (and the Lagrange multiplier)
-    actor_learning_rate: float = 1e-4  # Adam's rate for the actor (and the entropy coefficient)
-    gamma: float = 0.99  # discount
-    tau: float = 0.005  # Polyak rate of the target critics, per gradient step
-    hidden_dims: tuple[int, ...] = (512, 512)  # hidden layers of the actor
-    critic_hidden_dims: tuple[int, ...] = (512, 512, 512)  # hidden layers of the two critics
-    cql_alpha: float = 5.0  # weight of the conservative term; 0: plain SAC
-    cql_actions: int = 10  # sampled actions of each kind (uniform, pi(s), pi(s')), and of the target's maximum
+    offline_ratio: Portion = 0.5  # share of offline transitions in the batches of the online phase (mixing ratio)
+    batch_size: Count = 256  # transitions of one gradient step, without retrain_upsample
+    learning_rate: Rate = 3e-4  # Adam's rate for the critics (and the Lagrange multiplier)
+    actor_learning_rate: Rate = 1e-4  # Adam's rate for the actor (and the entropy coefficient)
+    gamma: Share = 0.99  # discount
+    tau: Rate = 0.005  # Polyak rate of the target critics, per gradient step
+    hidden_dims: tuple[Width, ...] = (512, 512)  # hidden layers of the actor
+    critic_hidden_dims: tuple[Width, ...] = (512, 512, 512)  # hidden layers of the two critics
+    cql_alpha: Factor = 5.0  # weight of the conservative term; 0: plain SAC
+    cql_actions: Width = 10  # sampled actions of each kind (uniform, pi(s), pi(s')), and of the target's maximum
     cql_importance_sampling: bool = True  # the logsumexp weighs each sampled action by one over its density
-    cql_target_gap: float | None = None  # if set, a Lagrange multiplier holds the conservative term at this gap
+    cql_target_gap: Real | None = None  # if set, a Lagrange multiplier holds the conservative term at this gap
     calibrate: bool = True  # Q of sampled actions is not pushed below the data's Monte-Carlo return; off: CQL
     bound_uniform_actions: bool = True  # calibration of the uniform actions too (the paper's improvement, Fig. 7)
     intrinsic_bound: bool = False  # add the Monte-Carlo return of the scaled intrinsic reward to the bound
-    intrinsic_returns_every: int = 10_000  # gradient steps between computations of the intrinsic returns (10 epochs)
-    negative_reward: float | None = None  # sparse tasks: raw reward without success; nothing else: its infinite sum
+    intrinsic_returns_every: Count = 10_000  # gradient steps between computations of the intrinsic returns (10 epochs)
+    negative_reward: Real | None = None  # sparse tasks: raw reward without success; nothing else: its infinite sum
     infinite_horizon: bool = False  # the last reward of a trajectory goes on for ever in its returns (kitchen)
     max_target_backup: bool = True  # the target takes the best of cql_actions next actions; off: one next action
     backup_entropy: bool = False  # the target includes the next action's entropy
-    target_entropy: float | None = None  # unset: minus the action's dimension
-    q_reward_bounds: tuple[float, float] | None = None  # exploration: clips next Q, scaled rewards / (1 - gamma)
+    target_entropy: Real | None = None  # unset: minus the action's dimension
+    q_reward_bounds: tuple[Bound, Bound] | None = None  # exploration: clips next Q, scaled rewards / (1 - gamma)
     # --- exploitation (offline retraining with CQL) ---
-    retrain_critic_hidden_dims: tuple[int, ...] | None = None  # unset: critic_hidden_dims
-    retrain_reward_scale: float | None = None  # unset: reward_scale
-    retrain_reward_bias: float | None = None  # unset: reward_bias
-    retrain_mask_reward: float | None = None  # unset: mask_reward
-    retrain_offline_ratio: float | None = None  # share of offline transitions in a batch (unset: as in the data)
+    retrain_critic_hidden_dims: tuple[Width, ...] | None = None  # unset: critic_hidden_dims
+    retrain_reward_scale: Factor | None = None  # unset: reward_scale
+    retrain_reward_bias: Real | None = None  # unset: reward_bias
+    retrain_mask_reward: Real | None = None  # unset: mask_reward
+    retrain_offline_ratio: Portion | None = None  # share of offline transitions in a batch (unset: as in the data)
     retrain_feature_norm: bool = True  # the critics' last hidden layer has length 1
     retrain_q_bounds: bool = True  # clip the next state's Q to [min, max] reward of the data / (1 - gamma)
-    retrain_early_stop: float = 0.0  # share of Q's range by which it may fall between evaluations; 0: never stop
-    retrain_upsample: int = 0  # rows drawn from the high-reward data on top of each batch (section 4.2); 0: none
-    upsample_reward: float = 1.0  # a raw reward of at least this is high
-    upsample_trajectories: bool = False  # high-reward data are whole trajectories that reach upsample_reward
+    retrain_early_stop: Factor = 0.0  # share of Q's range by which it may fall between evaluations; 0: never stop
+    retrain_upsample: Steps = 0  # high-reward online rows on top of each batch (section 4.2); 0: none
+    upsample_reward: Real | None = None  # a raw reward of at least this is high (unset: the largest online)
     # --- RND ---
-    intrinsic_reward_scale: float = 0.5  # coefficient of the intrinsic reward; 0 is plain Cal-QL, without RND
+    intrinsic_reward_scale: Factor = 0.5  # coefficient of the intrinsic reward; 0 is plain Cal-QL, without RND
     rnd_reward: Literal["max", "l2"] = "max"  # max over features of the squared error (code), or their sum (paper)
-    rnd_normalizer: Literal["code", "paper"] = "paper"  # variance of already normalised rewards, or of the raw errors
-    rnd_hidden_dims: tuple[int, ...] = (512, 512, 512)  # layers of predictor and target, the last one linear
-    rnd_learning_rate: float = 1e-4  # Adam's rate for the predictor
-    rnd_update_proportion: float = 0.25  # share of each batch that trains the predictor
+    rnd_normalizer: Literal["code", "paper"] = "paper"  # statistic of already normalised rewards, or of the raw errors
+    rnd_hidden_dims: tuple[Width, ...] = (512, 512, 512)  # layers of predictor and target, the last one linear
+    rnd_learning_rate: Rate = 1e-4  # Adam's rate for the predictor
+    rnd_update_proportion: Rate = 0.25  # share of each batch that trains the predictor
     # --- tracking ---
     track: bool = False  # send metrics to wandb as well
-    wandb_project: str | None = None  # unset: $WANDB_PROJECT, or ooo
-    wandb_mode: Literal["online", "offline", "disabled"] | None = None  # unset: $WANDB_MODE, or online
+    wandb_project: str | None = None  # unset: wandb's own settings
+    wandb_mode: Literal["online", "offline", "disabled"] | None = None  # unset: wandb's own settings
 
 
 BUDGETS = ("offline_steps", "online_steps", "retrain_at", "retrain_steps", "eval_every", "log_every",
            "checkpoint_every", "intrinsic_returns_every")  # --scale multiplies these
-COMPILE_PAYS = np.inf  # updates from which --compile auto is on: what it gains here was not measured
-TINY = 1e-9  # open ends of intervals
-RANGES = {  # closed interval of every number in Args (None is allowed where it is the default; NaN lies in none)
-    (0, 2**32 - 1): "seed",
-    (0, 10**10): "truncate_episodes data_subset offline_steps online_steps retrain_upsample",
-    (1, 10**10): "retrain_at retrain_steps eval_every log_every checkpoint_every intrinsic_returns_every",
-    (1, 2**16): "eval_episodes batch_size",
-    (1, 4096): "torch_threads hidden_dims critic_hidden_dims retrain_critic_hidden_dims rnd_hidden_dims cql_actions",
-    (TINY, 1e6): "scale",
-    (-1e9, 1e9): "remove_discs reward_bias retrain_reward_bias mask_reward retrain_mask_reward negative_reward "
-                 "cql_target_gap target_entropy upsample_reward",
-    (-INF, INF): "q_reward_bounds",
-    (TINY, 1.0): "learning_rate actor_learning_rate rnd_learning_rate tau rnd_update_proportion",
-    (0.0, 1 - TINY): "gamma",
-    (0.0, 1.0): "offline_ratio retrain_offline_ratio",
-    (0.0, 1e6): "reward_scale retrain_reward_scale cql_alpha retrain_early_stop intrinsic_reward_scale",
-}
+COMPILE_PAYS = INF  # updates from which on --compile auto is on: what it gains here was not measured
 
 
-def mistakes(args):
-    """What else cannot be: (is wrong, message) pairs."""
+def count_updates(args):
+    return args.offline_steps + args.online_steps + len(args.retrain_at) * args.retrain_steps
+
+
+def invalid_combinations(args):
+    """(is wrong, message) pairs for what no single setting shows."""
     last = max(args.retrain_at, default=0)
     return (
         (list(args.retrain_at) != sorted(set(args.retrain_at)), "--retrain-at must rise"),
@@ -286,78 +298,115 @@ def mistakes(args):
          "--intrinsic-bound needs RND (--intrinsic-reward-scale above 0) and --calibrate"),
         (args.exploit_only and args.eval_only, "give --exploit-only or --eval-only, not both"),
         (args.exploit_only and not args.retrain_at, "--exploit-only needs --retrain-at"),
+        (not args.rnd_hidden_dims, "--rnd-hidden-dims needs a layer"),
+        (args.video and not args.eval_only, "--video goes with --eval-only"),
+        (args.dataset_id and args.dataset_path, "give --dataset-id or --dataset-path, not both"),
     )
 
 
-def count_updates(args):
-    """Gradient steps of the whole run."""
-    online = 0 if args.exploit_only else args.offline_steps + args.online_steps
-    return online + len(args.retrain_at) * args.retrain_steps
-
-
 # === networks ===
-def initialize(weights):
-    """Orthogonal, with a gain of sqrt(2), and of 0.01 for the last one (official code). weights: matrices in order."""
+# === shared block: adam ===
+def affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """x @ weight + bias, (num, batch, in) -> (num, batch, out), in the form that is fastest eager or compiled: the
+    compiler adds the bias in the next kernel, and a sum beats a matrix product of width 1."""
+    if not torch.compiler.is_compiling():
+        return torch.baddbmm(bias, x, weight)
+    if weight.shape[-1] == 1:
+        return (x * weight.mT).sum(-1, keepdim=True) + bias
+    return x @ weight + bias
+
+
+class Adam(torch.optim.Adam):
+    """torch's fused Adam. minimize() is one step, also within a compiled update, which step() would break apart."""
+
+    def __init__(self, parameters, learning_rate: float):
+        super().__init__(parameters, learning_rate, fused=True)
+        for p in self.param_groups[0]["params"]:
+            self.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
+                             "exp_avg_sq": torch.zeros_like(p)}
+
+    def minimize(self, loss: torch.Tensor) -> None:
+        """One step along the gradient of the scalar loss with respect to these parameters alone."""
+        group = self.param_groups[0]
+        parameters = group["params"]
+        rate, eps, (beta1, beta2) = group["lr"], group["eps"], group["betas"]
+        gradients = torch.autograd.grad(loss, parameters)
+        states = [self.state[p] for p in parameters]
+        steps, means, squares = ([state[name] for state in states] for name in ("step", "exp_avg", "exp_avg_sq"))
+        with torch.no_grad():
+            torch._foreach_add_(steps, 1.0)
+            if not torch.compiler.is_compiling():
+                return torch._fused_adam_(parameters, gradients, means, squares, [], steps, lr=rate, beta1=beta1,
+                                          beta2=beta2, weight_decay=0.0, eps=eps, amsgrad=False, maximize=False)
+            # The same, traceable. exp(n log beta) is computed once; beta**n would be computed for every vector.
+            n = steps[0].double()
+            mean_rate = (rate / (1 - (n * np.log(beta1)).exp())).float()
+            square_rate = (1 / (1 - (n * np.log(beta2)).exp())).sqrt().float()
+            for p, g, m, v in zip(parameters, gradients, means, squares, strict=True):
+                m.lerp_(g, 1 - beta1)
+                v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+                p.sub_(mean_rate * m / (v.sqrt() * square_rate + eps))
+
+
+# === end shared block: adam ===
+
+
+def initialize(weights: list[torch.Tensor]) -> None:
+    """The matrices of one network, in order: orthogonal with gain sqrt(2), the last one with 0.01 (official code)."""
     for weight in weights:
         nn.init.orthogonal_(weight, gain=0.01 if weight is weights[-1] else 2**0.5)
 
 
-class MLP(nn.Module):
-    """Linear layers of the given sizes with ReLU between them; the last one is linear and starts small."""
+class Stack(nn.Module):
+    """`num` networks of equal sizes side by side: (rows, dims[0]) -> (num, rows, dims[-1]). Linear layers with ReLU
+    between them; the last one is linear and starts small. unit_features: the last hidden layer has length 1."""
 
-    def __init__(self, dims):
+    def __init__(self, num: int, dims: tuple[int, ...], unit_features: bool = False):
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(dims[:-1], dims[1:], strict=True))
-        initialize([layer.weight for layer in self.layers])
-        for layer in self.layers:
-            nn.init.zeros_(layer.bias)
-
-    def forward(self, x):
-        for layer in self.layers[:-1]:
-            x = F.relu(layer(x), inplace=True)
-        return self.layers[-1](x)
-
-
-class Critic(nn.Module):
-    """Two Q(s, a) as batched products, for n actions of each state: (batch, obs_dim), (n, batch, act_dim) ->
-    (2, n, batch). unit_features: the last hidden layer is divided by its length."""
-
-    def __init__(self, obs_dim, act_dim, hidden_dims, unit_features=False):
-        super().__init__()
-        dims = (obs_dim + act_dim, *hidden_dims, 1)
-        pairs = list(zip(dims[:-1], dims[1:], strict=True))
-        self.weights = nn.ParameterList([torch.empty(2, i, o) for i, o in pairs])
-        self.biases = nn.ParameterList([torch.zeros(2, 1, o) for _, o in pairs])
-        for member in (0, 1):
+        sizes = list(zip(dims[:-1], dims[1:], strict=True))
+        self.weights = nn.ParameterList([torch.empty(num, i, o) for i, o in sizes])
+        self.biases = nn.ParameterList([torch.zeros(num, 1, o) for _, o in sizes])
+        for member in range(num):
             initialize([weight.data[member] for weight in self.weights])
         self.unit_features = unit_features
 
-    def forward(self, observations, actions, frozen=False):
-        """frozen: the gradient reaches the actions alone."""
-        n, batch, _ = actions.shape
-        x = torch.cat([observations.expand(n, -1, -1), actions], dim=-1).flatten(0, 1).expand(2, -1, -1)
-        layers = [(w.detach(), b.detach()) if frozen else (w, b)
-                  for w, b in zip(self.weights, self.biases, strict=True)]
+    def forward(self, x: torch.Tensor, frozen: bool = False) -> torch.Tensor:
+        """frozen: the gradient reaches x alone."""
+        layers = list(zip(self.weights, self.biases, strict=True))
+        if frozen:
+            layers = [(weight.detach(), bias.detach()) for weight, bias in layers]
+        x = x.expand(len(self.weights[0]), -1, -1)
         for weight, bias in layers[:-1]:
-            x = F.relu(torch.baddbmm(bias, x, weight), inplace=True)
+            x = F.relu(affine(x, weight, bias), inplace=True)
         if self.unit_features:
-            x = F.normalize(x, dim=-1, eps=1e-8)
-        weight, bias = layers[-1]
-        return torch.baddbmm(bias, x, weight).view(2, n, batch)
+            x = F.normalize(x, dim=-1, eps=1e-8)  # choice 9
+        return affine(x, *layers[-1])
+
+
+class Critic(Stack):
+    """Two Q(s, a) of n actions of each state: (batch, obs_dim), (n, batch, act_dim) -> (2, n, batch)."""
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden_dims: tuple[int, ...], unit_features: bool = False):
+        super().__init__(2, (obs_dim + act_dim, *hidden_dims, 1), unit_features)
+
+    def forward(self, observations: torch.Tensor, actions: torch.Tensor, frozen: bool = False) -> torch.Tensor:
+        n, batch, _ = actions.shape
+        x = torch.cat([observations.expand(n, -1, -1), actions], dim=-1).flatten(0, 1)
+        return super().forward(x, frozen).view(2, n, batch)
 
 
 class Actor(nn.Module):
     """SAC's policy: tanh of a Gaussian whose log_std is the network's, scaled and shifted by two learnt scalars."""
 
-    def __init__(self, obs_dim, act_dim, hidden_dims):
+    def __init__(self, obs_dim: int, act_dim: int, hidden_dims: tuple[int, ...]):
         super().__init__()
-        self.net = MLP((obs_dim, *hidden_dims, 2 * act_dim))
+        self.net = Stack(1, (obs_dim, *hidden_dims, 2 * act_dim))
         self.log_std_multiplier = nn.Parameter(torch.tensor(1.0))
         self.log_std_offset = nn.Parameter(torch.tensor(-1.0))
 
-    def forward(self, observations):
+    def forward(self, observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log_std before the tanh, each (batch, act_dim)."""
-        mean, raw = self.net(observations).chunk(2, dim=-1)
+        mean, raw = self.net(observations)[0].chunk(2, dim=-1)
         return mean, (self.log_std_multiplier * raw + self.log_std_offset).clamp(-20.0, 2.0)
 
 
@@ -372,40 +421,146 @@ def squashed_sample(mean, log_std, noise):
 
 
 class Agent(nn.Module):
-    """The networks of one Cal-QL (CQL, SAC) agent and their optimiser."""
+    """The networks of one Cal-QL (CQL, SAC) agent and their optimisers."""
 
     def __init__(self, obs_dim, act_dim, hidden_dims, critic_hidden_dims, device, learning_rate=3e-4,
-                 actor_learning_rate=1e-4, **options):
-        """options: unit_features (see Critic); lagrange: the conservative term's weight is learnt, starting at e."""
+                 actor_learning_rate=1e-4, unit_features=False, lagrange=False):
+        """unit_features: see Stack; lagrange: the conservative term's weight is learnt, starting at e."""
         super().__init__()
-        self.options = dict(obs_dim=obs_dim, act_dim=act_dim, hidden_dims=list(hidden_dims),
-                            critic_hidden_dims=list(critic_hidden_dims), **options)
+        self.options = dict(obs_dim=obs_dim, act_dim=act_dim, hidden_dims=list(hidden_dims), lagrange=lagrange,
+                            critic_hidden_dims=list(critic_hidden_dims), unit_features=unit_features)
         self.actor = Actor(obs_dim, act_dim, hidden_dims)
-        self.critic, self.critic_target = (
-            Critic(obs_dim, act_dim, critic_hidden_dims, options.get("unit_features", False)) for _ in range(2))
+        self.critic = Critic(obs_dim, act_dim, critic_hidden_dims, unit_features)
+        self.critic_target = Critic(obs_dim, act_dim, critic_hidden_dims, unit_features)
         self.critic_target.load_state_dict(self.critic.state_dict())
         self.critic_target.requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(0.0))
-        self.log_alpha_prime = nn.Parameter(torch.tensor(1.0)) if options.get("lagrange") else None
+        self.log_alpha_prime = nn.Parameter(torch.tensor(1.0)) if lagrange else None
         self.register_buffer("q_bounds", torch.tensor([-INF, INF]))  # widened in the online phase
         self.to(device)
-        policy, critics = [*self.actor.parameters(), self.log_alpha], [*self.critic.parameters()]
-        self.policy_optimizer = Adam(policy, actor_learning_rate)
-        self.critic_optimizer = Adam(critics + [self.log_alpha_prime] * options.get("lagrange", False), learning_rate)
+        multiplier = [self.log_alpha_prime] if lagrange else []
+        self.policy_optimizer = Adam([*self.actor.parameters(), self.log_alpha], actor_learning_rate)
+        self.critic_optimizer = Adam([*self.critic.parameters(), *multiplier], learning_rate)
         self.optimizers = (self.policy_optimizer, self.critic_optimizer)
 
     @torch.no_grad()
-    def act(self, obs, sample=False):
-        """One numpy observation to one numpy action in [-1, 1]: a sample, or the tanh of the mean."""
-        mean, log_std = self.actor(torch.from_numpy(obs).to(self.log_alpha.device)[None])
-        return (mean + log_std.exp() * torch.randn_like(mean) if sample else mean)[0].tanh().cpu().numpy()
+    def act(self, obs: np.ndarray, sample: bool = False) -> np.ndarray:
+        """Observations (..., obs_dim) to actions (..., act_dim) in [-1, 1], numpy: samples, or tanh of the means."""
+        observations = torch.from_numpy(obs).to(self.log_alpha.device).view(-1, obs.shape[-1])
+        mean, log_std = self.actor(observations)
+        before = mean + log_std.exp() * torch.randn_like(mean) if sample else mean
+        return before.tanh().view(*obs.shape[:-1], -1).cpu().numpy()
 
     @torch.no_grad()
-    def update_target(self, tau):
+    def update_target(self, tau: float) -> None:
         torch._foreach_lerp_(list(self.critic_target.parameters()), list(self.critic.parameters()), tau)
 
 
-# === updates ===
+# === random network distillation ===
+# === shared block: running statistics ===
+class RunningMeanStd(nn.Module):
+    """Mean and population variance of all rows (n, dim) so far, by Chan's parallel formula, in float64."""
+
+    def __init__(self, dim: int, count: float = 1e-4):
+        super().__init__()
+        # Not 0-d: torch.compile loses what is written into a 0-d float64 tensor on the CPU.
+        self.register_buffer("mean", torch.zeros(dim, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(dim, dtype=torch.float64))
+        self.register_buffer("count", torch.full((1,), count, dtype=torch.float64))
+
+    def update(self, x: torch.Tensor) -> None:
+        """Take in the batch x (n, dim)."""
+        x, n = x.double(), x.shape[0]
+        delta = x.mean(0) - self.mean
+        total = self.count + n
+        squares = self.var * self.count + x.var(0, correction=0) * n + delta.square() * (self.count * n / total)
+        self.mean.add_(delta * (n / total))
+        self.var.copy_(squares / total)
+        self.count.add_(n)
+
+
+# === end shared block: running statistics ===
+
+
+# === shared block: rnd of cal-ql and rlpd ===
+class RND(nn.Module):
+    """Random network distillation (arXiv 1810.12894): the error of a trained predictor of a fixed random network's
+    features of s', divided by a running standard deviation, is the intrinsic reward. reward, normalizer: see Args.
+    nn.Linear, not Stack: the rows that train the predictor vary in number, and a Stack compiles for a fixed one."""
+
+    def __init__(self, obs_dim, hidden_dims, learning_rate, device, reward="max", normalizer="code"):
+        super().__init__()
+        self.predictor = self.network((obs_dim, *hidden_dims))
+        self.target = self.network((obs_dim, *hidden_dims))
+        self.target.requires_grad_(False)
+        self.reward_form = reward
+        self.normalizer = normalizer
+        self.obs_statistics = RunningMeanStd(obs_dim)
+        # The paper's form starts from nothing, so that the scale of the networks cancels exactly.
+        self.reward_statistics = RunningMeanStd(1, count=0.0 if normalizer == "paper" else 1e-4)
+        self.register_buffer("largest_reward", torch.zeros(1))  # that was ever given
+        self.to(device)
+        self.optimizer = Adam(self.predictor.parameters(), learning_rate)
+        self.optimizers = (self.optimizer,)
+
+    @staticmethod
+    def network(dims):
+        """Linear layers with ReLU between them, initialised as the script's other networks; the last one is linear."""
+        layers = [nn.Linear(i, o) for i, o in zip(dims[:-1], dims[1:], strict=True)]
+        initialize([layer.weight for layer in layers])
+        for layer in layers:
+            nn.init.zeros_(layer.bias)
+        return nn.Sequential(*(x for layer in layers for x in (layer, nn.ReLU())))[:-1]
+
+    def reward_std(self):
+        """Running standard deviation (1,); 1 where there is no spread yet."""
+        return torch.where(self.reward_statistics.var > 0, self.reward_statistics.var, 1.0).sqrt().float()
+
+    def normalize(self, observations):
+        mean, std = self.obs_statistics.mean.float(), self.obs_statistics.var.sqrt().float()
+        return ((observations - mean) / std).clamp(-5.0, 5.0)
+
+    def errors(self, z, features):
+        """Raw intrinsic rewards (n,) of normalised observations; features: the target's."""
+        errors = (self.predictor(z) - features).square()
+        return errors.amax(-1) if self.reward_form == "max" else errors.sum(-1)
+
+    @torch.no_grad()
+    def intrinsic_rewards(self, next_observations: torch.Tensor) -> torch.Tensor:
+        """(n,), divided by the running standard deviation, no mean subtracted; nothing is updated."""
+        z = self.normalize(next_observations)
+        return self.errors(z, self.target(z)) / self.reward_std()
+
+    def update(self, observations, next_observations, update_proportion=0.25, uniform=None):
+        """The intrinsic rewards of the batch, then one predictor step. Returns (rewards (batch,), predictor loss).
+        uniform: draws in [0, 1) that select the training rows, shape (batch,); None draws them."""
+        # --- Rewards before the step (code of both), and the statistics ---
+        with torch.no_grad():
+            z = self.normalize(next_observations)
+            features = self.target(z)
+            rewards = self.errors(z, features)
+            if self.normalizer == "paper":
+                self.reward_statistics.update(rewards[:, None])
+            rewards = rewards / self.reward_std()
+            if self.normalizer == "code":
+                self.reward_statistics.update(rewards[:, None])
+            self.obs_statistics.update(observations)
+            self.largest_reward.copy_(torch.maximum(self.largest_reward, rewards.max()))
+        # --- Predictor step on a random share of the batch ---
+        uniform = torch.rand(len(z), device=z.device) if uniform is None else uniform
+        mask = uniform < update_proportion
+        # On a CPU only the chosen rows; a GPU would have to wait for their number.
+        rows = mask.nonzero().squeeze(1) if z.device.type == "cpu" else slice(None)
+        error = (self.predictor(z[rows]) - features[rows]).square().mean(-1)
+        loss = (error * mask[rows]).sum() / mask.sum().clamp(min=1)
+        self.optimizer.minimize(loss)
+        return rewards, loss.detach()
+
+
+# === end shared block: rnd of cal-ql and rlpd ===
+
+
+# === losses and updates ===
 def draw_noise(actions, n, n_target):
     """The random numbers of one update for actions (batch, act_dim): standard normal new (1, ...), current and next
     (n, ...) and target (n_target, ...); uniform in [-1, 1] random (n, ...)."""
@@ -424,11 +579,11 @@ def conservative_term(args, q_data, q_sampled, log_densities, lower_bounds, cali
     n = args.cql_actions
     below = (q_sampled < lower_bounds).float()
     # --- Calibration (Cal-QL eq. 5.1): what lies below the return of the data is not pushed down any further ---
-    if calibrate:
+    if calibrate:  # choices 1 and 2
         bounded = torch.maximum(q_sampled, lower_bounds)
         q_sampled = bounded if args.bound_uniform_actions else torch.cat([q_sampled[:, :n], bounded[:, n:]], dim=1)
     # --- CQL(H), eq. 4: an estimate of log of the integral of exp Q, or the sum over the data's and sampled actions ---
-    if args.cql_importance_sampling:
+    if args.cql_importance_sampling:  # choice 7
         soft_maximum = (q_sampled - log_densities).logsumexp(1)
     else:
         soft_maximum = torch.cat([q_data[:, None], q_sampled], dim=1).logsumexp(1)
@@ -457,22 +612,24 @@ def calql_losses(args, agent, batch, noise, bonus=0.0, calibrate=True):
     # --- Target: the best of the next actions; the clip comes before discount, entropy and bonus ---
     with torch.no_grad():
         next_q, best = agent.critic_target(next_observations, target_actions).amin(0).max(0)
-        next_q = next_q.clamp(agent.q_bounds[0], agent.q_bounds[1])
+        next_q = next_q.clamp(agent.q_bounds[0], agent.q_bounds[1])  # choice 15
         if args.backup_entropy:
             next_q = next_q - alpha * target_log_prob.gather(0, best[None])[0]
         target = batch["rewards"] + args.gamma * batch["masks"] * next_q + bonus
     # --- Q of the data's and of all sampled actions in one pass of both critics ---
     sampled = [noise["random"], following, current] if args.cql_alpha else []
     q = agent.critic(observations, torch.cat([actions[None], *sampled]))
-    bellman_loss = (q[:, 0] - target).square().mean(1)
+    q_data = q[:, 0]
+    bellman_loss = (q_data - target).square().mean(1)
     critic_loss = bellman_loss.sum()
     info = {"critic": bellman_loss.mean(), "actor": actor_loss, "alpha": alpha_loss, "alpha_value": alpha,
-            "entropy": -log_prob.mean(), "q_mean": q[:, 0].mean(), "next_q_mean": next_q.mean()}
+            "entropy": -log_prob.mean(), "q_mean": q_data.mean(), "q_magnitude": q_data.abs().mean(),
+            "next_q_mean": next_q.mean()}
     # --- Conservative term, with a fixed weight or a learnt one that grows while the gap is above its target ---
     if args.cql_alpha:
         uniform_density = torch.full_like(current_log_prob, -act_dim * float(np.log(2)))
         densities = torch.cat([uniform_density, following_log_prob, current_log_prob])
-        gap, *rates = conservative_term(args, q[:, 0], q[:, 1:], densities, batch["lower_bounds"], calibrate)
+        gap, *rates = conservative_term(args, q_data, q[:, 1:], densities, batch["lower_bounds"], calibrate)
         info |= {"cql": gap.mean()}
         info |= {"bound_rate_uniform": rates[0], "bound_rate_policy": rates[1]} if calibrate else {}
         excess = args.cql_alpha * (gap - (args.cql_target_gap or 0.0)).sum()
@@ -489,101 +646,28 @@ def calql_losses(args, agent, batch, noise, bonus=0.0, calibrate=True):
 def calql_update(args, agent, batch, bonus=0.0, calibrate=True):
     """One step of all networks, then the targets move. Returns detached scalars; see calql_losses."""
     noise = draw_noise(batch["actions"], args.cql_actions, args.cql_actions if args.max_target_backup else 1)
-    policy_loss, critic_loss, info = calql_losses(args, agent, batch, noise, bonus, calibrate)
+    policy_loss, critic_loss, losses = calql_losses(args, agent, batch, noise, bonus, calibrate)  # choice 8
     agent.policy_optimizer.minimize(policy_loss)  # first: its graph holds the critics as they are
     agent.critic_optimizer.minimize(critic_loss)
     agent.update_target(args.tau)
-    return info
-
-
-# === shared block: rnd of cal-ql and rlpd ===
-class RND(nn.Module):
-    """Random network distillation (arXiv 1810.12894): the error of a trained predictor of a fixed random network's
-    features of s', divided by a running standard deviation, is the intrinsic reward. reward, normalizer: see Args."""
-
-    def __init__(self, obs_dim, hidden_dims, learning_rate, device, reward="max", normalizer="code"):
-        super().__init__()
-        self.predictor, self.target = (MLP((obs_dim, *hidden_dims)) for _ in range(2))
-        self.target.requires_grad_(False)
-        self.reward_form, self.normalizer = reward, normalizer
-        # Not 0-d: torch.compile loses what is written into a 0-d float64 tensor on the CPU. The paper's form starts
-        # from nothing, so that the scale of the networks cancels exactly.
-        for name, dim, count in (("obs", obs_dim, 1e-4), ("reward", 1, 0.0 if normalizer == "paper" else 1e-4)):
-            self.register_buffer(f"{name}_mean", torch.zeros(dim, dtype=torch.float64))
-            self.register_buffer(f"{name}_var", torch.ones(dim, dtype=torch.float64))
-            self.register_buffer(f"{name}_count", torch.full((1,), count, dtype=torch.float64))
-        self.to(device)
-        self.optimizer = Adam(self.predictor.parameters(), learning_rate)
-        self.optimizers = (self.optimizer,)
-
-    def update_running(self, name, x):
-        """Chan's parallel mean and variance (population) of the batch x (n, dim), in place."""
-        mean, var, count = (getattr(self, f"{name}_{part}") for part in ("mean", "var", "count"))
-        x, n = x.double(), x.shape[0]
-        delta, total = x.mean(0) - mean, count + n
-        m2 = var * count + x.var(0, correction=0) * n + delta.square() * (count * n / total)
-        mean.add_(delta * (n / total))
-        var.copy_(m2 / total)
-        count.add_(n)
-
-    def reward_std(self):
-        """Running standard deviation (1,); 1 where there is no spread yet."""
-        return torch.where(self.reward_var > 0, self.reward_var, 1.0).sqrt().float()
-
-    def normalize(self, observations):
-        return ((observations - self.obs_mean.float()) / self.obs_var.sqrt().float()).clamp(-5.0, 5.0)
-
-    def errors(self, z, features):
-        """Raw intrinsic rewards (n,) of normalised observations; features: the target's."""
-        errors = (self.predictor(z) - features).square()
-        return errors.amax(-1) if self.reward_form == "max" else errors.sum(-1)
-
-    @torch.no_grad()
-    def intrinsic_rewards(self, next_observations):
-        """(n,), divided by the running standard deviation, no mean subtracted; nothing is updated."""
-        z = self.normalize(next_observations)
-        return self.errors(z, self.target(z)) / self.reward_std()
-
-    def update(self, observations, next_observations, update_proportion=0.25, uniform=None):
-        """The intrinsic rewards of the batch, then one predictor step. Returns (rewards (batch,), predictor loss).
-        uniform: draws in [0, 1) that select the training rows, shape (batch,); None draws them."""
-        # --- Rewards before the step (RLPD code), and the statistics: see rnd_normalizer ---
-        with torch.no_grad():
-            z = self.normalize(next_observations)
-            features = self.target(z)
-            rewards = self.errors(z, features)
-            if self.normalizer == "paper":
-                self.update_running("reward", rewards[:, None])
-            rewards = rewards / self.reward_std()
-            if self.normalizer == "code":
-                self.update_running("reward", rewards[:, None])
-            self.update_running("obs", observations)
-        # --- Predictor step on a random share of the batch ---
-        uniform = torch.rand(len(z), device=z.device) if uniform is None else uniform
-        mask = uniform < update_proportion
-        # On a CPU only the chosen rows; a GPU would have to wait for their number.
-        rows = mask.nonzero().squeeze(1) if z.device.type == "cpu" else slice(None)
-        error = (self.predictor(z[rows]) - features[rows]).square().mean(-1)
-        loss = (error * mask[rows]).sum() / mask.sum().clamp(min=1)
-        self.optimizer.minimize(loss)
-        return rewards, loss.detach()
-
-
-# === end shared block: rnd of cal-ql and rlpd ===
+    return losses
 
 
 def make_update(args, buffer, agent, rnd=None, exploitation=False):
     """update(rows) -> losses: one gradient step of the agent on raw buffer rows (batch, width). Exploration is
     calibrated and, with an rnd, trains it and adds its bonus."""
-    reward_scale, reward_bias, mask_reward = (
-        pick(args, name, exploitation) for name in ("reward_scale", "reward_bias", "mask_reward"))
+    reward_scale = phase_setting(args, "reward_scale", exploitation)
+    reward_bias = phase_setting(args, "reward_bias", exploitation)
+    mask_reward = phase_setting(args, "mask_reward", exploitation)
 
     def update(rows):
         batch = buffer.split(rows)
         raw, bonus, losses = batch["rewards"], 0.0, {}
-        batch["masks"] = 1.0 - batch["terminations"] if mask_reward is None else (raw != mask_reward).float()
+        batch["masks"] = 1.0 - batch["terminations"]
+        if mask_reward is not None:
+            batch["masks"] = batch["masks"] * (raw != mask_reward)  # choice 13
         batch["rewards"] = (raw + reward_bias) * reward_scale
-        if rnd:
+        if rnd:  # choice 4
             rewards, loss = rnd.update(batch["observations"], batch["next_observations"], args.rnd_update_proportion)
             bonus = args.intrinsic_reward_scale * rewards
             losses = {"losses/rnd": loss, "rnd/batch_intrinsic_reward": rewards.mean()}
@@ -592,7 +676,7 @@ def make_update(args, buffer, agent, rnd=None, exploitation=False):
     return faster(args, update)
 
 
-def pick(args, name, exploitation):
+def phase_setting(args, name, exploitation):
     """A setting of the exploration agent, or of the exploitation agent where it has its own."""
     own = getattr(args, f"retrain_{name}") if exploitation else None
     return getattr(args, name) if own is None else own
@@ -615,7 +699,7 @@ def return_to_go(rewards, terminations, gamma, negative_reward=None, infinite_ho
 
 def returns_of_all(batch, rewards, gamma, **rules):
     """return_to_go of every trajectory in columns (n, ...) of transitions, tensors; rewards: float64 numpy (n,). A
-    trajectory ends where the next row is of another episode or does not continue (discs, subsets)."""
+    trajectory ends where the next row is of another episode or does not continue (discs, subsets; choice 14)."""
     goes_on = (batch["next_observations"][:-1] == batch["observations"][1:]).all(-1)
     goes_on &= batch["episodes"][:-1] == batch["episodes"][1:]
     starts = 1 + (~goes_on).nonzero().squeeze(1).cpu().numpy()
@@ -650,45 +734,43 @@ def prepare_data(args, data, report):
         data = {name: value[keep] for name, value in data.items()}
         data["terminations"] = (data["rewards"] == 0).astype(np.float32)
         report["kept_of_successful_episodes"] = int(keep.sum())
-    if args.terminate_offline_ends:
-        data["terminations"][np.flatnonzero(np.diff(data["episodes"], append=-1))] = 1.0
     returns = monte_carlo_returns(args, {name: torch.from_numpy(value) for name, value in data.items()})
     report["return_to_go_range"] = [float(returns.min()), float(returns.max())]
     print(f"  kept: {len(returns)} transitions, return to go {returns.min():.4g} to {returns.max():.4g}")
     return data | {"lower_bounds": returns.astype(np.float32)}
 
 
-def mixed_rows(buffer, size, batch_size, offline_ratio=None, high=(), extra=0):
+def mixed_rows(buffer, size, batch_size, offline_ratio=None, high_rows=(), extra=0):
     """Rows (batch_size + extra, width) among the first `size` transitions: a fixed number of offline ones
-    (offline_ratio; None: as in the data), online ones, then `extra` from the indices `high`."""
+    (offline_ratio; None: as in the data), online ones, then `extra` from the indices `high_rows`."""
     offline_size, device = buffer.offline_size, buffer.data.device
     ratio = offline_size / size if offline_ratio is None or size == offline_size else offline_ratio
-    offline = round(ratio * batch_size)
+    offline = int(batch_size * ratio)  # choice 19
     rows = [torch.randint(offline_size, (offline,), device=device)]
     if offline < batch_size:
         rows.append(torch.randint(offline_size, size, (batch_size - offline,), device=device))
     if extra:
-        rows.append(high[torch.randint(len(high), (extra,), device=device)])
+        rows.append(high_rows[torch.randint(len(high_rows), (extra,), device=device)])
     return buffer.data.index_select(0, torch.cat(rows))
 
 
-def high_reward_rows(args, batch):
-    """Indices (k,) of the high-reward transitions (section 4.2); k may be 0."""
-    if not args.retrain_upsample:
+def high_reward_rows(args, buffer, t):
+    """Indices (k,) of the high-reward ones of the first t online transitions (section 4.2, choice 19); k may be 0."""
+    if not args.retrain_upsample or not t:
         return ()
-    high = batch["rewards"] >= args.upsample_reward
-    if args.upsample_trajectories:
-        high = torch.isin(batch["episodes"], batch["episodes"][high].unique())
+    rewards = buffer.first(buffer.offline_size + t)["rewards"][buffer.offline_size :]
+    high = rewards >= (rewards.max() if args.upsample_reward is None else args.upsample_reward)
     if not high.any():
-        print(f"no raw reward of at least {args.upsample_reward:g} in the data: sampling stays uniform")
-    return high.nonzero().squeeze(1)
+        print(f"no raw reward of at least {args.upsample_reward:g} in the online data: no row is upsampled")
+    return buffer.offline_size + high.nonzero().squeeze(1)
 
 
 # === algorithm 1 ===
 def make_agent(args, buffer, device, exploitation=False):
-    return Agent(buffer.obs_dim, buffer.act_dim, args.hidden_dims, pick(args, "critic_hidden_dims", exploitation),
-                 device, args.learning_rate, args.actor_learning_rate, lagrange=args.cql_target_gap is not None,
-                 unit_features=exploitation and args.retrain_feature_norm)
+    critic_hidden_dims = phase_setting(args, "critic_hidden_dims", exploitation)  # choice 10
+    return Agent(buffer.obs_dim, buffer.act_dim, args.hidden_dims, critic_hidden_dims, device, args.learning_rate,
+                 args.actor_learning_rate, unit_features=exploitation and args.retrain_feature_norm,
+                 lagrange=args.cql_target_gap is not None)
 
 
 def make_rnd(args, buffer, device):
@@ -698,7 +780,8 @@ def make_rnd(args, buffer, device):
 
 def pretrain(run, buffer, explorer, rnd, bound_rnd, update, eval_env):
     """Algorithm 1, line 1: the exploration agent's update on D_off."""
-    args, p, last = run.args, run.progress, run.args.offline_steps
+    args, p = run.args, run.progress
+    last = args.offline_steps
     for step in progress_bar("pretrain", p["grad_step"], last):
         if step == 0:
             evaluate_and_log(run, eval_env, explorer, "pretrain", 0, 0)
@@ -707,13 +790,16 @@ def pretrain(run, buffer, explorer, rnd, bound_rnd, update, eval_env):
         run.seed("pretrain", step)
         losses = update(buffer.sample(args.batch_size, buffer.offline_size))
         p["grad_step"] = step = step + 1
-        if due(step, args.log_every, last):
-            run.log_losses("pretrain", 0, step, losses)
-        if due(step, args.eval_every, last):
+        if at_interval(step, args.log_every, last):
+            ceiling = value_ceiling(args, buffer.first(buffer.offline_size)["rewards"], rnd)
+            run.log_losses("exploration", "pretrain", 0, step, losses, ceiling)
+        if at_interval(step, args.eval_every, last):
             evaluate_and_log(run, eval_env, explorer, "pretrain", 0, step)
         if step == last:
             save_policy(run, explorer, "pretrained.pt")
-        if due(step, args.checkpoint_every, last) or run.signal:
+            if 0 in args.retrain_at:
+                keep_explorer(run, explorer, eval_env, 0)
+        if at_interval(step, args.checkpoint_every, last) or run.signal:
             run.checkpoint(explorer=explorer, rnd=rnd, bound_rnd=bound_rnd)
 
 
@@ -723,7 +809,8 @@ def explore(run, buffer, explorer, rnd, bound_rnd, update, env, eval_env):
     args, p = run.args, run.progress
     if p["env_step"] >= args.online_steps:
         return
-    bar, saved = progress_bar("online", p["env_step"], args.online_steps), p["env_step"]
+    saved = p["env_step"]
+    bar = progress_bar("online", saved, args.online_steps)
     while p["env_step"] < args.online_steps:
         episode = collect(run, buffer, explorer, env)
         for t in range(p["env_step"] + 1, p["env_step"] + episode["length"] + 1):
@@ -731,15 +818,17 @@ def explore(run, buffer, explorer, rnd, bound_rnd, update, env, eval_env):
                 renew_bounds(run, buffer, rnd, bound_rnd, "online")
             run.seed("online", t)
             losses = update(mixed_rows(buffer, buffer.size, args.batch_size, args.offline_ratio))
-            p["env_step"], p["grad_step"] = t, p["grad_step"] + 1
+            p["env_step"] = t
+            p["grad_step"] += 1
             bar.update()
             if t % args.log_every == 0:
-                run.log_losses("online", t, p["grad_step"], losses, **recent_intrinsic_reward(args, buffer, rnd))
-            if due(t, args.eval_every, args.online_steps) or t in args.retrain_at:
-                summary = evaluate_and_log(run, eval_env, explorer, "online", t, p["grad_step"])
-            if t in args.retrain_at or t == args.online_steps:  # what the table needs
-                p["scores"][f"exploration {t}"] = summary
-                save_policy(run, explorer, f"exploration_{t}.pt")
+                ceiling = value_ceiling(args, buffer.first(buffer.size)["rewards"], rnd)
+                run.log_losses("exploration", "online", t, p["grad_step"], losses, ceiling,
+                               **recent_intrinsic_reward(args, buffer, rnd))
+            if at_interval(t, args.eval_every, args.online_steps) or t in args.retrain_at:
+                evaluate_and_log(run, eval_env, explorer, "online", t, p["grad_step"])
+            if t in args.retrain_at or t == args.online_steps:
+                keep_explorer(run, explorer, eval_env, t)
         p["episode"] += 1
         run.log("metrics.jsonl", "online", p["env_step"], p["grad_step"],
                 **{f"charts/episodic_{key}": value for key, value in episode.items()})
@@ -754,22 +843,25 @@ def collect(run, buffer, explorer, env):
     its end: its returns, and the rewards that there are, which the Q bounds take in. Returns its record."""
     args, p, start = run.args, run.progress, buffer.size
     run.seed("trajectory", p["episode"])
-    obs, _ = env.reset(seed=derive_seed(args.seed, "training episode", p["episode"]))
+    obs, info = env.reset(seed=derive_seed(args.seed, "training episode", p["episode"]))
     episode, done = {"return": 0.0, "length": 0, "success": False}, False
+    if "start_distance" in info:
+        episode["start_distance"] = info["start_distance"]
     while not done and p["env_step"] + episode["length"] < args.online_steps:
         action = explorer.act(obs, sample=True)
         next_obs, reward, terminated, truncated, info = env.step(action)
-        terminated = terminated or (args.end_at_success and info["success"])
+        terminated = terminated or (args.end_at_success and info["success"])  # choice 17
         buffer.add(observations=obs, actions=action, rewards=reward, next_observations=next_obs,
                    terminations=terminated, episodes=buffer.offline_episodes + p["episode"], lower_bounds=0.0)
         obs, done = next_obs, terminated or truncated
-        episode = {"return": episode["return"] + reward, "length": episode["length"] + 1,
-                   "success": episode["success"] or info["success"]}
-    rows = buffer.data[start : buffer.size]
-    set_lower_bounds(buffer, start, buffer.size, monte_carlo_returns(args, buffer.split(rows)))
-    run.append("replay.bin", rows.cpu().numpy().tobytes())
+        episode["return"] += reward
+        episode["length"] += 1
+        episode["success"] |= info["success"]
+    trajectory = buffer.split(buffer.data[start : buffer.size])
+    set_lower_bounds(buffer, start, buffer.size, monte_carlo_returns(args, trajectory))
+    run.write("replay.bin", buffer.rows_since(p["env_step"]))  # now: --intrinsic-bound changes the bounds later
     if args.q_reward_bounds:
-        widen(explorer.q_bounds, (buffer.split(rows)["rewards"] + args.reward_bias) * args.reward_scale, args.gamma)
+        widen(explorer.q_bounds, (trajectory["rewards"] + args.reward_bias) * args.reward_scale, args.gamma)
     return episode
 
 
@@ -783,8 +875,8 @@ def renew_bounds(run, buffer, rnd, bound_rnd, phase):
 
 
 def add_intrinsic_returns(args, buffer, rnd, n):
-    """Lower bounds of the first n transitions: their returns of the task reward and the bonus. Returns the mean
-    return of the intrinsic reward."""
+    """Lower bounds of the first n transitions: their returns of the task reward and the bonus (choice 3). Returns the
+    mean return of the intrinsic reward."""
     batch = buffer.first(n)
     rewards = torch.cat([rnd.intrinsic_rewards(part) for part in batch["next_observations"].split(65536)])
     intrinsic = returns_of_all(batch, rewards.double().cpu().numpy(), args.gamma)
@@ -798,32 +890,42 @@ def widen(q_bounds, rewards, gamma):
     q_bounds[1] = torch.maximum(q_bounds[1], rewards.max() / (1 - gamma))
 
 
+def keep_explorer(run, explorer, eval_env, t):
+    """What the tables need of the exploration phase at t."""
+    final_evaluation(run, eval_env, explorer, f"exploration {t}")
+    save_policy(run, explorer, f"exploration_{t}.pt")
+
+
 def retrain(run, buffer, eval_env, t):
     """Algorithm 1, last line: CQL from scratch on D_off + D_on[:t], task reward only, no calibration."""
-    args, p, last, n = run.args, run.progress, run.args.retrain_steps, buffer.offline_size + t
-    if f"exploitation {t}" in p["scores"]:
+    args, p = run.args, run.progress
+    last, policy, n = args.retrain_steps, f"exploitation {t}", buffer.offline_size + t
+    if policy in p["scores"]:
         return
     run.seed("retrain", t)
     agent = make_agent(args, buffer, run.device, exploitation=True)
-    rewards = (buffer.first(n)["rewards"] + pick(args, "reward_bias", True)) * pick(args, "reward_scale", True)
+    raw = buffer.first(n)["rewards"]
+    rewards = (raw + phase_setting(args, "reward_bias", True)) * phase_setting(args, "reward_scale", True)
     bounds = torch.stack(rewards.aminmax()) / (1 - args.gamma)
     if args.retrain_q_bounds:
         agent.q_bounds.copy_(bounds)
     run.restore(exploiter=agent)
+    ceiling = value_ceiling(args, raw, exploitation=True)
     update = make_update(args, buffer, agent, exploitation=True)
-    high = high_reward_rows(args, buffer.first(n))
-    extra = args.retrain_upsample if len(high) else 0
+    high_rows = high_reward_rows(args, buffer, t)
+    extra = args.retrain_upsample if len(high_rows) else 0
     for step in progress_bar(f"retrain t={t}", p["retrain_step"], last):
         if step == 0:
             evaluate_and_log(run, eval_env, agent, "retrain", t, 0)
         run.seed("retrain", t, step)
-        losses = update(mixed_rows(buffer, n, args.batch_size, args.retrain_offline_ratio, high, extra))
+        losses = update(mixed_rows(buffer, n, args.batch_size, args.retrain_offline_ratio, high_rows, extra))
         p["retrain_step"] = step = step + 1
-        if due(step, args.log_every, last):
-            run.log_losses("retrain", t, step, losses)
-        if due(step, args.eval_every, last):
-            summary = evaluate_and_log(run, eval_env, agent, "retrain", t, step)
-            p["peak_q"] = max(losses["losses/q_mean"].item(), -INF if p["peak_q"] is None else p["peak_q"])
+        if at_interval(step, args.log_every, last):
+            run.log_losses(policy, "retrain", t, step, losses, ceiling)
+        if at_interval(step, args.eval_every, last):
+            evaluate_and_log(run, eval_env, agent, "retrain", t, step)
+            q = losses["losses/q_mean"].item()
+            p["peak_q"] = q if p["peak_q"] is None else max(q, p["peak_q"])
             if reason := reason_to_stop(args, losses, p["peak_q"], bounds.tolist()):
                 run.log("metrics.jsonl", "retrain", t, step, early_stop=reason)
                 print(f"retraining for t={t} stopped at step {step}: {reason}")
@@ -831,7 +933,8 @@ def retrain(run, buffer, eval_env, t):
         if step < last and (step % args.checkpoint_every == 0 or run.signal):
             run.checkpoint(exploiter=agent)
     save_policy(run, agent, f"exploitation_{t}.pt")
-    p["scores"][f"exploitation {t}"], p["retrain_step"], p["peak_q"] = summary, 0, None
+    final_evaluation(run, eval_env, agent, policy)
+    p["retrain_step"], p["peak_q"] = 0, None
     run.checkpoint()
 
 
@@ -847,6 +950,17 @@ def reason_to_stop(args, losses, peak, bounds):
     return None
 
 
+def value_ceiling(args, raw_rewards, rnd=None, exploitation=False):
+    """What no true |Q| exceeds: the largest |reward| of the data, bonus included, / (1 - gamma). 0 (none) where the
+    target includes the entropy, which has no bound."""
+    if args.backup_entropy:
+        return 0.0
+    rewards = raw_rewards + phase_setting(args, "reward_bias", exploitation)
+    rewards = rewards * phase_setting(args, "reward_scale", exploitation)
+    bonus = args.intrinsic_reward_scale * rnd.largest_reward.item() if rnd else 0.0
+    return (rewards.abs().max().item() + bonus) / (1 - args.gamma)
+
+
 def recent_intrinsic_reward(args, buffer, rnd):
     """Figure 3 (left): the intrinsic reward over the last 1000 online transitions."""
     if rnd is None:
@@ -859,16 +973,18 @@ def recent_intrinsic_reward(args, buffer, rnd):
 
 def main(args):
     if args.eval_only:
-        return evaluate_saved(args, "exploitation")
+        return evaluate_saved(args, ("exploitation", "exploration"))
     # Build, and go back to the last checkpoint; nothing is written before all of it has worked.
-    run = Run(args, grad_step=0, env_step=0, episode=0, retrain_step=0, peak_q=None, bound_rows=0, scores={})
-    if args.exploit_only:
-        take_over(run, args.exploit_only)
+    run = Run(args, grad_step=0, env_step=0, episode=0, retrain_step=0, peak_q=None, bound_rows=0, scores={},
+              diverged={})
+    if run.finished:
+        return report(run)
+    data_from = read_source(run) if args.exploit_only else run.saved_replay()
     env, eval_env = make_env(args.env_id), make_env(args.env_id)
     data, dataset = load_dataset(args, env, run.data_seed)
     data = prepare_data(args, data, dataset)
     buffer = ReplayBuffer(data, max(args.retrain_at) if args.exploit_only else args.online_steps, run.device)
-    buffer.extend(run.read_replay(buffer.width))
+    buffer.load(*data_from)
     explorer = rnd = bound_rnd = None
     if not args.exploit_only:
         run.seed("networks")
@@ -885,134 +1001,150 @@ def main(args):
         update = make_update(args, buffer, explorer, rnd)
         pretrain(run, buffer, explorer, rnd, bound_rnd, update, eval_env)
         explore(run, buffer, explorer, rnd, bound_rnd, update, env, eval_env)
-    for t in args.retrain_at:
+    for t in args.retrain_at:  # choice 20
         retrain(run, buffer, eval_env, t)
-    return report(run, ("exploration", "exploitation"))
+    return report(run)
 
 
 def save_policy(run, agent, name):
-    """A policy that load_policy (and nothing else) needs. Observations are not normalised; actions are the
-    environment's, in [-1, 1]. All networks: for those who analyse the values."""
-    save_torch(run.path / name, {"script": SCRIPT, "env_id": run.args.env_id, "options": agent.options,
-                                 "observation_normalization": None, "agent": agent.state_dict()})
+    """A policy that load_policy (and nothing else) needs. Observations are not normalised; actions are make_env's, in
+    [-1, 1]. All networks: for those who analyse the values."""
+    save_torch(run.path / name, {"script": SCRIPT, "run_id": run.id, "env_id": run.args.env_id,
+                                 "options": agent.options, "observation_normalization": None,
+                                 "agent": agent.state_dict()})
 
 
-def load_policy(path):
+def load_policy(path: str | Path) -> Agent:
     """The agent of a file of save_policy, on the CPU; agent.act(obs) is its deterministic action, numpy to numpy."""
-    content = load_torch(path, torch.device("cpu"))
+    content = load_torch(Path(path), torch.device("cpu"))
     agent = Agent(**content["options"], device=torch.device("cpu"))
     agent.load_state_dict(content["agent"])
     return agent
 
 
-# Below is plumbing: command line, evaluation, replay, environments, dataset, run directory. Nothing of the method.
+# Below is plumbing: evaluation, replay, environments, data, command line, run directory. Nothing of the method.
+# It needs from above: SCRIPT, TASKS, Args, BUDGETS, COMPILE_PAYS, count_updates, invalid_combinations, load_policy.
+# For a new algorithm, edit what is above and leave this part as it is; a new task is a row of TASKS
+# (docs/extending.md).
 
 
-# === shared block: exploit only ===
-def take_over(run, source):
-    """--exploit-only: the online rows and exploration scores of a finished run, and its choice of offline data."""
-    config, times = read_config(source), run.args.retrain_at
-    saved, run.rows = run.read_checkpoint(Path(source), config)
-    have, needed = saved["progress"]["env_step"], max(times)
-    if have < needed:
-        fail(f"--retrain-at {needed}: {source} holds {have} online transitions")
-    for t in times if getattr(run.args, "retrain_frozen_rnd", False) else ():
-        load_torch(Path(source) / f"rnd_{t}.pt", run.device)
-    run.rows = run.rows[: len(run.rows) // have * needed]
-    names = {f"exploration {t}" for t in times} & set(saved["progress"]["scores"])
-    run.progress["scores"] = {name: saved["progress"]["scores"][name] for name in names} | run.progress["scores"]
-    run.data_seed, run.data_sha256 = config["args"]["seed"], config["dataset"]["sha256"]
-
-
-# === end shared block: exploit only ===
-
-
-# === shared block: tasks and data ===
-# --- evaluation ---
-def evaluate(env, agent, episodes, seed, frames=None):
+# === evaluation ===
+# === shared block: evaluation ===
+def evaluate(env, agent, episodes: int, seed: int, frames: list | None = None) -> tuple[list[dict], dict]:
     """Episodes of agent.act(obs): a list of dicts, and their means under the names of the metrics. The score is the
     paper's: success, kitchen tasks / 4, or D4RL's score, x 100. Start states and draws depend on the seed alone."""
     key, low, high = env.task.score
     results = []
     for i in range(episodes):
         seed_torch(derive_seed(seed, "evaluation policy", i))
-        obs, _ = env.reset(seed=derive_seed(seed, "evaluation", i))
-        episode, done = {"return": 0.0, "length": 0, "success": False, "max_reward": -float("inf")}, False
+        obs, info = env.reset(seed=derive_seed(seed, "evaluation", i))
+        start = {"start_distance": info["start_distance"]} if "start_distance" in info else {}
+        rewards, success, done = [], False, False
         while not done:
             if frames is not None:
                 frames.append(env.render())
             obs, reward, terminated, truncated, info = env.step(agent.act(obs))
+            rewards.append(reward)
+            success |= info["success"]
             done = terminated or truncated
-            episode["return"] += reward
-            episode["length"] += 1
-            episode["success"] |= info["success"]
-            episode["max_reward"] = max(episode["max_reward"], reward)
-        results.append(episode)
+        results.append({"return": sum(rewards), "length": len(rewards), "success": success, "max_reward": max(rewards),
+                        **start})
     mean = {name: float(np.mean([episode[name] for episode in results])) for name in ("return", "success", key)}
-    return results, {"eval/return": mean["return"], "eval/success_rate": mean["success"],
-                     "eval/normalized_score": 100 * (mean[key] - low) / (high - low), "eval/episodes": episodes}
+    summary = {"eval/return": mean["return"], "eval/success_rate": mean["success"],
+               "eval/normalized_score": 100 * (mean[key] - low) / (high - low), "eval/episodes": episodes}
+    if far := [episode["success"] for episode in results if episode.get("start_distance", 0) > env.task.far]:
+        summary["eval/far_success_rate"] = float(np.mean(far))
+    return results, summary
 
 
 def evaluate_and_log(run, env, agent, phase, env_step, grad_step):
-    """Evaluate without sampling; means go to metrics.jsonl, every episode to evals.jsonl. Returns the means."""
-    start = time.perf_counter()
+    """A point of the curves: means go to metrics.jsonl, every episode to evals.jsonl."""
     episodes, summary = evaluate(env, agent, run.args.eval_episodes, run.args.seed)
     run.log("metrics.jsonl", phase, env_step, grad_step, **summary)
     run.log("evals.jsonl", phase, env_step, grad_step, episodes=episodes)
-    run.clock += time.perf_counter() - start  # evaluation is not training time
-    return summary
 
 
-def evaluate_saved(args, kind):
-    """--eval-only: the run's last policy `kind`_T.pt on start states that training never saw; --video records some."""
+def final_evaluation(run, env, agent, name):
+    """What the tables show of a policy: its episodes on start states that no curve and no --eval-only uses."""
+    episodes, summary = evaluate(env, agent, run.args.final_episodes, derive_seed(run.args.seed, "final"))
+    run.progress["scores"][name] = summary | {"per_episode": episodes}
+
+
+def evaluate_saved(args, kinds):
+    """--eval-only: the last policy of the first of `kinds` that the run has, on start states of its own; --video
+    records some. Where nothing can be written or rendered the score is printed all the same."""
     folder = Path(args.eval_only)
-    times = [int(match[1]) for path in folder.iterdir() if (match := re.fullmatch(rf"{kind}_(\d+)\.pt", path.name))]
-    if not times:
-        fail(f"{folder} has no policy {kind}_*.pt yet; finish the run first (--resume)")
-    setup_torch(replace(args, compile="off"))
-    path, seed = folder / f"{kind}_{max(times)}.pt", derive_seed(args.seed, "eval-only")
-    agent = load_policy(path)
-    if args.video:
-        import imageio
-
-        try:
-            env, frames = make_env(args.env_id, "rgb_array"), []
-            evaluate(env, agent, min(3, args.eval_episodes), seed, frames)
-        except Exception as error:  # GL back ends fail in many ways
-            fail(f"cannot render ({error}); set MUJOCO_GL=egl, or MUJOCO_GL=osmesa with libosmesa6 installed")
-        temporary = path.with_suffix(".tmp.mp4")
-        imageio.mimwrite(temporary, frames, fps=env.metadata.get("render_fps", 30), macro_block_size=2)
-        os.replace(temporary, path.with_suffix(".mp4"))
-        print(f"video: {path.with_suffix('.mp4')} ({len(frames)} frames)")
+    found = [(kind, int(path.stem.split("_")[1])) for kind in kinds for path in folder.glob(f"{kind}_*.pt")]
+    if not found:
+        fail(f"{folder} has no policy {kinds[0]}_*.pt yet; finish the run first (--resume)")
+    kind = found[0][0]
+    path = folder / f"{kind}_{max(t for name, t in found if name == kind)}.pt"
+    agent, seed, failed = load_policy(path), derive_seed(args.seed, "eval-only"), ""
+    torch.set_num_threads(args.torch_threads)
+    try:
+        if args.video:  # first: without a picture make_env sets MUJOCO_GL aside
+            record_video(args, agent, seed, path.with_suffix(".mp4"))
+    except Exception as error:  # GL back ends fail in many ways
+        failed = f"no video ({type(error).__name__}: {error}): set MUJOCO_GL=egl, or osmesa with libosmesa6 installed"
     episodes, summary = evaluate(make_env(args.env_id), agent, args.eval_episodes, seed)
-    result = {"policy": path.name, **summary, "per_episode": episodes}
-    atomic_write(path.with_name(f"{path.stem}_eval.json"), json.dumps(result, indent=1).encode())
-    print("  ".join(f"{key} {value:.4g}" for key, value in summary.items()))
+    print(f"{path.name}: " + "  ".join(f"{key} {value:.4g}" for key, value in summary.items()))
+    try:
+        write_json(folder / f"{path.stem}_eval.json", {"policy": path.name, **summary, "per_episode": episodes})
+    except OSError as error:
+        failed = f"the score is above, but was not saved ({error})"
+    if failed:
+        fail(failed, 1)
     return summary
 
 
-def report(run, policies):
-    """The table of the policies' scores {"policy env_step": means of evaluate}, also in results.json."""
-    scores = run.progress["scores"]
-    rows = [{"env_step": t, **{name: scores.get(f"{name} {t}") for name in policies}}
-            for t in sorted({int(name.split()[1]) for name in scores})]
-    atomic_write(run.path / "results.json", json.dumps({"env_id": run.args.env_id, "rows": rows}, indent=1).encode())
-    print(f"\n{run.args.env_id}, seed {run.args.seed}, {run.args.eval_episodes} episodes: score (success rate)")
-    print(f"{'env step':>10}" + "".join(f"{name:>20}" for name in policies))
-    for row in rows:
+def record_video(args, agent, seed, path):
+    import imageio
+
+    frames = []
+    env = make_env(args.env_id, "rgb_array")
+    evaluate(env, agent, 3, seed, frames)
+    imageio.mimwrite(path, frames, fps=env.metadata.get("render_fps", 30), macro_block_size=2)
+    print(f"video: {path} ({len(frames)} frames)")
+
+
+def report(run):
+    """Write results.json, unless the run was finished before, and print the table of the final evaluations."""
+    path = run.path / "results.json"
+    if not run.finished:
+        scores = run.progress["scores"]
+        policies = sorted({name.split()[0] for name in scores}, reverse=True)  # exploration, exploitation
+        rows = [{"env_step": t, **{policy: scores.get(f"{policy} {t}") for policy in policies}}
+                for t in sorted({int(name.split()[1]) for name in scores})]
+        records = map(json.loads, (run.path / "metrics.jsonl").read_text().splitlines())
+        training = [{k.removeprefix("charts/episodic_"): r[k] for k in r if k == "env_step" or "episodic" in k}
+                    for r in records if "charts/episodic_return" in r]
+        write_json(path, {"script": SCRIPT, "env_id": run.args.env_id, "exp_name": run.args.exp_name,
+                          "seed": run.args.seed, "run_id": run.id, "source_run_id": run.source_id, "rows": rows,
+                          "training_episodes": training, "diverged": run.progress["diverged"]})
+    results = json.loads(path.read_text())
+    policies = [name for name in results["rows"][0] if name != "env_step"] if results["rows"] else []
+    print(f"\n{run.args.env_id}, seed {run.args.seed}, {run.args.final_episodes} episodes: score (success rate)")
+    print(f"{'env step':>10}" + "".join(f"{policy:>20}" for policy in policies))
+    for row in results["rows"]:
         cells = [f"{s['eval/normalized_score']:.1f} ({s['eval/success_rate']:.1%})" if s else "-"
-                 for s in (row[name] for name in policies)]
+                 for s in (row[policy] for policy in policies)]
         print(f"{row['env_step']:>10}" + "".join(f"{cell:>20}" for cell in cells))
+    for policy, where in results["diverged"].items():
+        print(f"{policy} has diverged: {where}")
     print(f"saved in {run.path}")
-    return rows
+    return results["rows"]
 
 
-# --- replay buffer ---
+# === end shared block: evaluation ===
+
+
+# === replay buffer ===
+# === shared block: replay buffer ===
 class ReplayBuffer:
-    """Append-only transitions on the training device, as they came (raw rewards). One row holds all columns side by
-    side, so that a batch is a single gather and an online step a single copy; no call waits for the device."""
+    """Append-only transitions on the training device, as they came (raw rewards; choice 7 of iql_ooo.py). One row holds
+    all columns side by side, so that a batch is a single gather and an online step a single copy."""
 
-    def __init__(self, data, online_steps, device):
+    def __init__(self, data: dict[str, np.ndarray], online_steps: int, device: torch.device):
         """data: {column: float32 array (n, ...)}, the offline data; room for online_steps more rows."""
         self.columns, self.width = {}, 0
         for name, value in data.items():
@@ -1020,36 +1152,25 @@ class ReplayBuffer:
             self.columns[name] = slice(self.width, self.width + size) if value.ndim > 1 else self.width
             self.width += size
         self.obs_dim, self.act_dim = data["observations"].shape[1], data["actions"].shape[1]
-        self.offline_size, self.offline_episodes = len(data["rewards"]), int(data["episodes"].max(initial=-1)) + 1
-        self.size, self.row = self.offline_size, np.empty(self.width, np.float32)
-        capacity = self.offline_size + online_steps
-        need = capacity * self.width * 4
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-        if need > 0.95 * free:
-            fail(f"the replay buffer needs {need / 2**30:.2f} GiB for {capacity} transitions, {device} has "
-                 f"{free / 2**30:.2f} GiB free; lower --online-steps or --data-subset, or use another device")
-        self.data = torch.empty((capacity, self.width), device=device)
+        self.offline_size = self.size = len(data["rewards"])
+        self.offline_episodes = int(data["episodes"].max(initial=-1)) + 1
+        self.data = torch.empty((self.offline_size + online_steps, self.width), device=device)
         for name, column in self.columns.items():
             self.data[: self.size, column] = torch.as_tensor(data[name]).to(device)
 
-    def extend(self, rows):
-        """Append rows (n, width)."""
-        self.data[self.size : self.size + len(rows)] = torch.as_tensor(rows).to(self.data.device)
-        self.size += len(rows)
-
     def add(self, **transition):
-        """Append one transition; returns its row as bytes."""
+        row = np.empty(self.width, np.float32)
         for name, column in self.columns.items():
-            self.row[column] = transition[name]
-        self.extend(self.row[None])
-        return self.row.tobytes()
+            row[column] = transition[name]
+        self.data[self.size] = torch.from_numpy(row)
+        self.size += 1
 
-    def sample(self, batch_size, first=None, high=(), extra=0):
+    def sample(self, batch_size, first=None, high_rows=(), extra=0):
         """Rows (batch_size, width) drawn uniformly from the first `first` transitions (None: all), `extra` of them from
-        the indices `high` instead."""
+        the indices `high_rows` instead."""
         rows = torch.randint(first or self.size, (batch_size - extra,), device=self.data.device)
         if extra:
-            rows = torch.cat([rows, high[torch.randint(len(high), (extra,), device=self.data.device)]])
+            rows = torch.cat([rows, high_rows[torch.randint(len(high_rows), (extra,), device=self.data.device)]])
         return self.data.index_select(0, rows)
 
     def split(self, rows):
@@ -1063,10 +1184,37 @@ class ReplayBuffer:
         """The last n online transitions, or as many as there are."""
         return self.split(self.data[max(self.offline_size, self.size - n) : self.size])
 
+    def rows_since(self, env_step):
+        """The online rows from env_step on, as the bytes of replay.bin."""
+        return self.data[self.offline_size + env_step : self.size].cpu().numpy().tobytes()
 
-# --- environments and datasets ---
+    def load(self, path, size, checksum, count):
+        """Append the first `count` of the rows in the first `size` bytes of a replay.bin, part by part; exit 2 unless
+        these bytes are those that were written."""
+        end, found, part = self.size + count, 0, self.width * 4 * 4096
+        with open(path, "rb") if size else io.BytesIO() as file:
+            while chunk := file.read(min(part, size)):
+                size -= len(chunk)
+                found = zlib.crc32(chunk, found)
+                if self.size < end and len(chunk) % (4 * self.width) == 0:
+                    rows = torch.frombuffer(bytearray(chunk), dtype=torch.float32).view(-1, self.width)
+                    rows = rows[: end - self.size]
+                    self.data[self.size : self.size + len(rows)] = rows
+                    self.size += len(rows)
+        if size or found != checksum or self.size != end:
+            fail(f"{path} is not as it was written (its checksum differs); restore it, or start the run again")
+
+
+# === end shared block: replay buffer ===
+
+
+# === environments ===
+# === shared block: environments ===
 GOAL_RADIUS = 0.5  # D4RL's in both mazes; gymnasium-robotics uses 0.45
 ANTMAZE_DATA_GOAL_OFFSET = (0.75, -0.75)  # mean of the goals drawn by TaskEnv.reset
+# Families whose episodes end at the horizon alone, whatever the package or a file says. Antmaze ends at the goal, any
+# other family where its environment does.
+ENDLESS = ("pen", "door", "relocate", "hammer", "kitchen", "maze2d")
 
 
 def flatten_observation(task, obs):
@@ -1077,52 +1225,53 @@ def flatten_observation(task, obs):
         obs = np.concatenate([obs["achieved_goal"], obs["observation"][..., :27]], axis=-1)
     elif task.family == "maze2d":
         obs = obs["observation"]
-    elif task.family == "ant":  # x, qpos[2:], qvel: without y; the contact forces were all 0 in the paper's MuJoCo
-        obs = np.delete(obs, 1, axis=-1)
-    return np.asarray(obs).astype(np.float32, casting="same_kind", copy=False)
+    return np.asarray(obs).astype(np.float32, casting="same_kind", copy=False)  # text and complex numbers are refused
 
 
 def task_reward(task, next_obs, reward, goal=None):
-    """(reward, success) of the paper's task for transitions into next_obs (..., obs_dim), reward as the package gives
-    it (...). Kitchen's reward must already count tasks, sparse locomotion's be metres of x beyond the goal (the cheetah
-    does not observe x). Formulas: D4RL, mj_envs and the official code."""
+    """(reward, success) of the task for transitions into next_obs (..., obs_dim), reward as the package gives it (...);
+    kitchen's must already count tasks. Formulas: D4RL, mj_envs and the official code."""
     o = next_obs
+    if task.family == "kitchen":
+        return reward, reward == 4
+    if task.family == "hammer":
+        # gymnasium-robotics 1.2.1 to 1.4.2 add 0.1 |palm - hammer|, D4RL subtracts it. Only success pays +100.
+        reward = reward - 0.2 * np.linalg.norm(o[..., 33:36] - o[..., 36:39], axis=-1)
+        return reward, reward > 50
+    if task.family in ("maze2d", "antmaze"):
+        success = np.linalg.norm(o[..., :2] - np.asarray(goal), axis=-1) <= GOAL_RADIUS
+        return np.float64(success), success
     if task.family == "pen":
         success = (np.linalg.norm(o[..., 39:42], axis=-1) < 0.075) & ((o[..., 33:36] * o[..., 36:39]).sum(-1) > 0.95)
     elif task.family == "door":
         success = o[..., 28] >= 1.35
     elif task.family == "relocate":
         success = np.linalg.norm(o[..., 36:39], axis=-1) < 0.1
-    elif task.family == "kitchen":
-        return reward, reward == 4
-    elif task.family == "hammer":
-        # gymnasium-robotics 1.2.1 to 1.4.2 add 0.1 |palm - hammer|, D4RL subtracts it. Only success pays +100.
-        reward = reward - 0.2 * np.linalg.norm(o[..., 33:36] - o[..., 36:39], axis=-1)
-        return reward, reward > 50
-    else:
-        locomotion = task.family in ("ant", "halfcheetah")
-        success = reward > 0 if locomotion else np.linalg.norm(o[..., :2] - np.asarray(goal), axis=-1) <= GOAL_RADIUS
-        return np.float64(success), success
+    else:  # one's own: the environment's reward; its success is known online only
+        return reward, np.zeros(np.shape(reward), bool)
     return success - 1.0, success
 
 
 class TaskEnv(gym.Wrapper):
-    """The paper's task: D4RL's observation, reward, termination (antmaze only, at the goal) and start states.
-    Every reset(seed=...) depends on the seed alone. info["success"] is the success of this step."""
+    """The task: D4RL's observation, reward, termination and start states; actions in [-1, 1]. Every reset(seed=...)
+    depends on the seed alone. info["success"]: of this step; info["start_distance"] at a reset in a maze: cells on the
+    shortest path from the start to the goal."""
 
-    def __init__(self, env, task):
+    def __init__(self, env: gym.Env, task: Task):
         super().__init__(env)
         self.task, self.rng, self.goal, self.center = task, np.random.default_rng(0), None, None
         obs = flatten_observation(task, env.observation_space.sample())
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, obs.shape, np.float32)
         if task.goal_cell:
             self.center = env.unwrapped.maze.cell_rowcol_to_xy(np.array(task.goal_cell))
+            self.distances = cell_distances(env.unwrapped.maze.maze_map, task.goal_cell)
         if task.family == "antmaze":  # D4RL's noise: +-0.1 on position and joints, N(0, 0.1^2) on velocities
             env.unwrapped.position_noise_range, env.unwrapped.ant_env._reset_noise_scale = 0.0, 0.1
         elif task.family == "maze2d":
             env.unwrapped.position_noise_range = 0.1
 
     def reset(self, *, seed=None, options=None):
+        info = {"success": False}
         if seed is not None:
             self.rng = np.random.default_rng(seed)
         if self.task.goal_cell:
@@ -1131,126 +1280,127 @@ class TaskEnv(gym.Wrapper):
                 offset = self.rng.uniform(0, 1, 2) + self.rng.uniform(0, 0.5, 2)
                 self.goal = self.center + offset * (1, -1)
             else:  # any free cell, the goal's included
-                free = np.argwhere(self.free_cells())
+                free = sorted(self.distances)
                 start = free[self.rng.integers(len(free))]
+            info["start_distance"] = self.distances[start]
             options = {"goal_cell": np.array(self.task.goal_cell), "reset_cell": np.array(start)}
         obs, _ = self.env.reset(seed=seed, options=options)
         if self.task.family == "maze2d":
             point = self.unwrapped.point_env
             point.set_state(point.data.qpos.copy(), 0.1 * self.rng.standard_normal(2))
             obs = {**obs, "observation": np.concatenate([point.data.qpos, point.data.qvel])}
-        return flatten_observation(self.task, obs), {"success": False}
+        return flatten_observation(self.task, obs), info
 
     def step(self, action):
-        obs, reward, _, truncated, info = self.env.step(action)
+        family = self.task.family
+        obs, reward, terminated, truncated, info = self.env.step(action)
         obs = flatten_observation(self.task, obs)
-        if self.task.family == "kitchen":
+        if family == "kitchen":
             reward = float(len(info["episode_task_completions"]))
-        elif self.task.family in ("ant", "halfcheetah"):
-            reward = info["x_position"] - self.task.goal_x
         reward, success = task_reward(self.task, obs, reward, self.goal)
-        terminated = self.task.family == "antmaze" and bool(success)
-        return obs, float(reward), terminated, truncated, {"success": bool(success)}
-
-    def free_cells(self):
-        """(rows, columns) of booleans: where a maze has no wall."""
-        return np.array([[cell != 1 for cell in row] for row in self.unwrapped.maze.maze_map])
-
-    def in_walls(self, positions):
-        """(n,) of booleans: which positions (n, 2) lie in a wall of the maze, or outside it."""
-        maze, free = self.unwrapped.maze, np.pad(self.free_cells(), 1)
-        rows = np.floor((maze.y_map_center - positions[:, 1]) / maze.maze_size_scaling) + 1
-        columns = np.floor((positions[:, 0] + maze.x_map_center) / maze.maze_size_scaling) + 1
-        rows, columns = (np.clip(c, 0, n - 1).astype(int) for c, n in zip((rows, columns), free.shape, strict=True))
-        return ~free[rows, columns]
+        if family in ENDLESS:
+            terminated = False
+        elif family == "antmaze":
+            terminated = success
+        else:
+            success = info.get("success", info.get("is_success", False))
+        return obs, float(reward), bool(terminated), truncated, {"success": bool(success)}
 
 
-def make_env(env_id, render_mode=None):
-    """The task's environment; actions in [-1, 1]."""
+def cell_distances(maze_map, goal_cell):
+    """{(row, column): cells on the shortest path to the goal} of a maze's free cells."""
+    distances, frontier = {tuple(goal_cell): 0}, [tuple(goal_cell)]
+    for row, column in frontier:  # grows while it is read: breadth first
+        for cell in ((row - 1, column), (row + 1, column), (row, column - 1), (row, column + 1)):
+            if maze_map[cell[0]][cell[1]] != 1 and cell not in distances:
+                distances[cell] = distances[row, column] + 1
+                frontier.append(cell)
+    return distances
+
+
+def make_env(env_id: str, render_mode: str | None = None) -> TaskEnv:
+    """The task's environment; actions in [-1, 1], whatever the package's own range is."""
     task = TASKS[env_id]
+    if render_mode is None:  # without a picture no GL back end is needed, nor one that fails
+        os.environ["MUJOCO_GL"] = "disable"
     with redirect_stderr(io.StringIO()):  # the package prints a notice about the sign that task_reward corrects
-        try:
-            import gymnasium_robotics
-        except Exception:  # MUJOCO_GL names a back end that does not work here; only videos need one
-            if render_mode:
-                raise
-            os.environ["MUJOCO_GL"] = "disable"
-            import gymnasium_robotics
+        import gymnasium_robotics
 
         gym.logger.min_level = gym.logger.ERROR
         gym.register_envs(gymnasium_robotics)
         env = gym.make(task.gym_id, max_episode_steps=task.horizon, render_mode=render_mode,
                        disable_env_checker=True, **task.kwargs)
+    space = env.action_space
+    if not isinstance(space, gym.spaces.Box) or not space.is_bounded():
+        fail(f"{env_id}: actions must be vectors within bounds, not {space}")
+    if (space.low != -1).any() or (space.high != 1).any():
+        env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
     return TaskEnv(env, task)
 
 
-def open_minari(dataset_id):
-    """A Minari dataset from the local store, or downloaded if the server answers; else exit 2."""
-    import minari
-
-    root = Path(os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets")
-    try:
-        if (root / dataset_id / "data").exists():
-            return minari.load_dataset(dataset_id)
-        import urllib.request
-
-        from huggingface_hub import constants
-
-        urllib.request.urlopen(constants.ENDPOINT, timeout=5).close()  # one quick try; minari itself retries for long
-        with redirect_stderr(io.StringIO()):
-            return minari.load_dataset(dataset_id, download=True)
-    except Exception as error:  # the store, the server or the id can be wrong in many ways; what to do is the same
-        fail(f"dataset {dataset_id} cannot be had from the store {root} or by download ({type(error).__name__}: "
-             f"{error}); run `minari download {dataset_id}` where there is a network and set MINARI_DATASETS_PATH, or "
-             "give --dataset-id or --dataset-path; or type `make run`, which makes its own small data")
+# === end shared block: environments ===
 
 
-def check_columns(source, obs_dim, act_dim, **columns):
-    """The columns as float32 arrays of equal length; exit 2 for another length, rank or width, NaN or infinity."""
-    widths = {"observations": (obs_dim,), "next_observations": (obs_dim,), "actions": (act_dim,)}
-    n = len(columns["rewards"])
+# === offline data ===
+# === shared block: offline data ===
+def check_columns(source, env, columns):
+    """The columns as float32 arrays of equal length; exit 2 for another length or width, NaN or infinity."""
+    widths = {"observations": env.observation_space.shape, "next_observations": env.observation_space.shape,
+              "actions": env.action_space.shape}
+    columns = {name: np.asarray(x).astype(np.float32, casting="same_kind", copy=False) for name, x in columns.items()}
     for name, value in columns.items():
-        shape = (n, *widths.get(name, ()))
-        try:
-            columns[name] = value = np.asarray(value).astype(np.float32, casting="same_kind", copy=False)
-        except (TypeError, ValueError) as error:
-            fail(f"{source}: {name} are not numbers ({error})")
+        shape = (len(columns["rewards"]), *widths.get(name, ()))
         if value.shape != shape:
-            fail(f"{source}: {name} have shape {value.shape}, beside {n} rewards it must be {shape}; give a dataset of "
-                 "this task")
+            fail(f"{source}: {name} have shape {value.shape}, not {shape}; give a dataset of this task")
         if not np.isfinite(value).all():
-            row = (~np.isfinite(value)).reshape(n, -1).any(1).argmax()
+            row = np.argwhere(~np.isfinite(value))[0, 0]
             fail(f"{source}: NaN or infinity in {name}, first in row {row}; remove it")
     return columns
 
 
-def check_origin(dataset_id, dataset, env):
-    """Exit 2 if the dataset's own description says that it is of another environment, or of another maze."""
-    spec = dataset.spec.env_spec
-    if spec is None:
-        return
-    base = env.task.gym_id.rpartition("-")[0]  # of which there are others that differ in goals, or pay densely
-    walls = [[cell == 1 for cell in row] for row in spec.kwargs.get("maze_map", ())]
-    same = re.fullmatch(rf"{base}(_\w+|Dense)?-v\d+", spec.id)
-    if not same or walls and not np.array_equal(walls, ~env.free_cells()):
-        fail(f"dataset {dataset_id} is of {spec.id}, this task is {env.task.gym_id}; give a dataset of it")
+def open_minari(dataset_id):
+    """A Minari dataset from the local store. What is missing or cannot be read is fetched, by one process at a time."""
+    import urllib.request
+
+    import minari
+    from huggingface_hub import constants
+
+    if store := os.environ.get("MINARI_DATASETS_PATH"):
+        os.environ["MINARI_DATASETS_PATH"] = os.path.expanduser(store)
+    try:
+        return minari.load_dataset(dataset_id)
+    except Exception as local:
+        path = minari.storage.get_dataset_path(dataset_id)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f".{path.name}.lock")):
+            with suppress(Exception):  # another process has fetched it meanwhile
+                return minari.load_dataset(dataset_id)
+            try:
+                urllib.request.urlopen(constants.ENDPOINT, timeout=5).close()  # one quick try; minari retries for long
+                with redirect_stderr(io.StringIO()):
+                    minari.download_dataset(dataset_id, force_download=True)
+            except Exception as remote:
+                raise ValueError(f"{local}; and no download: {remote}") from None
+        return minari.load_dataset(dataset_id)
 
 
 def read_minari(args, env, dataset_ids):
-    """Columns of Minari datasets ('ID' or 'ID:N' episodes), episode after episode, rewards as stored (kitchen: counted
-    from the goals). An episode that an earlier dataset already holds is not taken again."""
+    """Columns of Minari datasets ('ID', or 'ID:N' for N episodes), episode after episode, rewards as stored (kitchen:
+    counted from the goals). An episode that an earlier dataset already holds is not taken again."""
     task, episodes, seen = env.task, [], set()
+    if not dataset_ids:
+        fail(f"{args.env_id} has no dataset of its own; give --dataset-id or --dataset-path")
     for spec in dataset_ids:
         dataset_id, _, limit = spec.partition(":")
-        if limit and not re.fullmatch("[1-9][0-9]*", limit):
-            fail(f"--dataset-id {spec}: what follows the colon must be a number of episodes")
-        dataset = open_minari(dataset_id)
-        taken, here = 0, set()
         try:
-            check_origin(dataset_id, dataset, env)
+            dataset = open_minari(dataset_id)
+            made_in = dataset.spec.env_spec and dataset.spec.env_spec.id  # other goals or a dense reward do no harm
+            if made_in and not re.fullmatch(rf"{task.gym_id.rpartition('-')[0]}(_\w+|Dense)?-v\d+", made_in):
+                raise ValueError(f"it is of {made_in}")
+            taken, here = 0, set()
             for episode in dataset.iterate_episodes():
-                here.add(digest := hashlib.sha256(np.ascontiguousarray(episode.actions).tobytes()).digest())
-                if digest in seen or (limit and taken >= int(limit)):
+                here.add(digest := hashlib.sha256(np.ascontiguousarray(episode.actions)).digest())
+                if digest in seen or limit and taken >= int(limit):
                     continue
                 taken += 1
                 observations, rewards = flatten_observation(task, episode.observations), episode.rewards
@@ -1259,129 +1409,142 @@ def read_minari(args, env, dataset_ids):
                     done = np.stack([np.linalg.norm(achieved[t] - desired[t], axis=-1)[1:] < 0.3
                                      for t in task.kwargs["tasks_to_complete"]])
                     rewards = (np.maximum.accumulate(done, axis=1) if args.kitchen_cumulative else done).sum(0)
-                where = f"dataset {dataset_id}, episode {episode.id}"
-                episodes.append(check_columns(
-                    where, *env.observation_space.shape, *env.action_space.shape, observations=observations[:-1],
-                    actions=episode.actions, rewards=rewards, next_observations=observations[1:],
-                    episodes=np.full(len(rewards), len(episodes))))
-        except Exception as error:  # h5py and pyarrow raise many kinds; another task's observations raise KeyError
-            fail(f"dataset {dataset_id} cannot be read as data of {task.gym_id} ({type(error).__name__}: {error}); "
-                 "give a dataset of this task")
-        seen |= here
+                episodes.append(check_columns(f"dataset {dataset_id}, episode {episode.id}", env, dict(
+                    observations=observations[:-1], actions=episode.actions, rewards=rewards,
+                    next_observations=observations[1:], episodes=np.full(len(rewards), len(episodes)),
+                    terminations=episode.terminations)))
+            seen |= here
+        except Exception as error:  # the store, the server, the id and the file can be wrong in many ways
+            fail(f"dataset {spec} cannot be used for {task.gym_id} ({type(error).__name__}: {error}); run `minari "
+                 f"download {dataset_id}` where there is a network and set MINARI_DATASETS_PATH, or give --dataset-id "
+                 "or --dataset-path; or type `make run`, which makes its own small data")
     if not episodes:
         fail(f"no episode in {' '.join(dataset_ids)}; give another --dataset-id")
     return {name: np.concatenate([episode[name] for episode in episodes]) for name in episodes[0]}
 
 
-def read_npz(args, env):
+def read_npz(path, env):
     """Columns of an .npz with D4RL's keys. Episodes end at terminals and timeouts, or without timeouts where
     next_observations do not continue. Without next_observations the last step of an episode is dropped, as its
-    successor was not recorded, unless it is a true terminal (antmaze)."""
-    path, family = args.dataset_path, env.task.family
+    successor was not recorded, unless it is a true terminal."""
+    keys = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
+    task, where = env.task, f"--dataset-path {path}"
     try:
-        with zipfile.ZipFile(path) as archive:
-            size = sum(i.file_size for i in archive.infolist() if Path(i.filename).stem in D4RL_KEYS)
-        if size > 0.5 * psutil.virtual_memory().available:
-            fail(f"--dataset-path {path} needs {size / 2**30:.1f} GiB, too much for this machine; give a part of it")
         with np.load(path, allow_pickle=False) as file:
-            data = {name: file[name] for name in D4RL_KEYS if name in file.files}
+            data = {name: np.squeeze(file[name]) for name in keys if name in file.files or name in keys[:4]}
+            for name in {"observations", "actions", "next_observations"} & data.keys():
+                data[name] = data[name][:, None] if data[name].ndim == 1 else data[name]  # a width of 1 is kept
+        if task.family == "kitchen":  # D4RL appends the constant goal to the 30 numbers
+            data |= {name: data[name][:, :30] for name in ("observations", "next_observations") if name in data}
+        data = check_columns(where, env, data)
     except Exception as error:  # zipfile and numpy raise many kinds for a damaged file
-        fail(f"--dataset-path {path} cannot be read as .npz without pickle ({type(error).__name__}: {error})")
-    if missing := [name for name in D4RL_KEYS[:4] if name not in data]:
-        fail(f"--dataset-path {path} has no {', '.join(missing)}; D4RL's keys are needed")
-    if not {"timeouts", "next_observations"} & set(data):
-        fail(f"--dataset-path {path} has neither timeouts nor next_observations: where episodes end cannot be told")
-    for name, value in data.items():
-        if name not in ("observations", "actions", "next_observations"):
-            data[name] = value[:, 0] if value.ndim == 2 and value.shape[1] == 1 else value
-        elif family == "kitchen" and name != "actions" and value.ndim == 2 and value.shape[1] == 60:
-            data[name] = value[:, :30]  # D4RL appends the constant goal
-    if any(np.ndim(data[name]) == 0 for name in data) or len(data["rewards"]) < 2:
-        fail(f"--dataset-path {path} needs columns of 2 transitions or more")
-    data = check_columns(path, *env.observation_space.shape, *env.action_space.shape, **data)
-    observations, terminals, n = data["observations"], data["terminals"] > 0, len(data["rewards"])
-    if "timeouts" in data:
-        ends = terminals | (data["timeouts"] > 0)
-    else:
-        ends = terminals | np.append((data["next_observations"][:-1] != observations[1:]).any(1), True)
-    if not ends[:-1].any() and n > env.task.horizon:
-        fail(f"--dataset-path {path} marks no end of an episode in {n} transitions; {env.task.horizon} are one")
+        fail(f"{where} cannot be read as .npz with D4RL's keys ({type(error).__name__}: {error})")
+    observations, n = data["observations"], len(data["rewards"])
+    terminals, timeouts = data["terminals"] > 0, data.get("timeouts", np.zeros(n)) > 0
+    ends = terminals | timeouts
+    if "next_observations" in data:
+        breaks = np.append((data["next_observations"][:-1] != observations[1:]).any(1), True)
+        if "timeouts" in data and (breaks & ~ends)[:-1].any():
+            fail(f"{where}: next_observations of row {(breaks & ~ends).argmax()} do not continue in the next row, and "
+                 "neither terminals nor timeouts mark an end there; leave timeouts out, or put them right")
+        ends = ends if "timeouts" in data else ends | breaks
+    elif "timeouts" not in data and not terminals[-1]:
+        fail(f"{where}: nothing marks where episodes end; give timeouts or next_observations")
+    late = np.flatnonzero(terminals[:-1] & ~terminals[1:] & timeouts[1:]).tolist()
+    if late and task.family != "antmaze":  # there terminals are steps at the goal, and an ant may leave it
+        fail(f"{where}: terminals mark an end in row {late[0]} and timeouts one row later; put them right")
+    longest = int(np.diff(np.flatnonzero(np.append(ends[:-1], True)), prepend=-1).max())
+    if longest > task.horizon + (task.family == "antmaze"):  # D4RL's antmaze records one step more
+        fail(f"{where} has an episode of {longest} transitions, and this task's have {task.horizon} at most; mark "
+             "where episodes end (timeouts). Longer demonstrations can be read as Minari data")
     keep = np.ones(n, bool)
     if "next_observations" not in data:
         data["next_observations"] = np.where(ends[:, None], observations, np.roll(observations, -1, 0))
-        keep = ~ends | (terminals & (family == "antmaze"))
+        keep = ~ends | (terminals & (task.family not in ENDLESS))
         keep[-1] &= ends[-1]
     data["episodes"] = np.append(0, np.cumsum(ends)[:-1]).astype(np.float32)
-    names = ("observations", "actions", "rewards", "next_observations", "episodes")
+    data["terminations"] = terminals.astype(np.float32)
+    names = ("observations", "actions", "rewards", "next_observations", "episodes", "terminations")
     return {name: data[name][keep] for name in names}
 
 
-D4RL_KEYS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
-
-
 @np.errstate(over="ignore")  # what float32 cannot hold is infinite, and said
-def load_dataset(args, env, seed):
+def load_dataset(args, env: TaskEnv, seed: int) -> tuple[dict[str, np.ndarray], dict]:
     """The task's offline data, {column: float32 (n, ...)}, and a report. Columns: observations, actions, rewards (raw),
-    next_observations, terminations, episodes. Order: read, check, truncate, relabel, subset (drawn by seed), remove
-    discs."""
-    task, npz = env.task, args.dataset_path
-    source = npz or " + ".join(args.dataset_id or task.datasets)
-    data = read_npz(args, env) if npz else read_minari(args, env, args.dataset_id or task.datasets)
-    report = {"source": source, "transitions_read": len(data["rewards"])}
-    if args.truncate_episodes:
-        starts = np.flatnonzero(np.diff(data["episodes"], prepend=-1))
-        position = np.arange(len(data["rewards"])) - np.repeat(starts, np.diff([*starts, len(data["rewards"])]))
-        data = {name: value[position < args.truncate_episodes] for name, value in data.items()}
-        report["removed_by_truncation"] = report["transitions_read"] - len(data["rewards"])
-    if npz and task.family in ("kitchen", "hammer"):  # an .npz of D4RL has D4RL's dense rewards
+    next_observations, episodes, terminations. Order: read, check, truncate, subset (drawn by seed), remove discs."""
+    task, npz, dataset_ids = env.task, args.dataset_path, args.dataset_id or env.task.datasets
+    data = read_npz(npz, env) if npz else read_minari(args, env, dataset_ids)
+    n = len(data["rewards"])
+    report, rows = {"source": npz or " + ".join(dataset_ids), "transitions_read": n}, np.arange(n)
+    # --- Rewards and terminations of the task; an .npz of D4RL has D4RL's dense rewards ---
+    if npz and task.family in ("kitchen", "hammer"):
         success = data["rewards"] >= (4 if task.family == "kitchen" else 50)
     else:
         goal = env.center if task.family != "antmaze" else env.center + ANTMAZE_DATA_GOAL_OFFSET
         rewards, success = task_reward(task, data["next_observations"], data["rewards"].astype(np.float64), goal)
         data["rewards"] = rewards.astype(np.float32)
-    data["terminations"] = success.astype(np.float32) * (task.family == "antmaze")
-    report["successful_episodes_before_removal"] = len(np.unique(data["episodes"][success]))
-    if task.goal_cell:
-        report["positions_in_walls"] = int(env.in_walls(data["observations"][:, :2]).sum())
-        if report["positions_in_walls"]:
-            print(f"warning: {source}: {report['positions_in_walls']} positions lie in walls or outside the maze; are "
-                  "they in other coordinates than gymnasium-robotics'?", file=sys.stderr)
-    if args.data_subset and args.data_subset < len(success):
-        rng = np.random.default_rng(derive_seed(seed, "subset"))
-        keep = rng.choice(len(success), args.data_subset, replace=False)
-        data, success = {name: value[keep] for name, value in data.items()}, success[keep]
-        report["subset"] = args.data_subset
-    if args.remove_discs and env.task.goal_cell is None:
-        fail(f"--remove-discs: {args.env_id} has no positions in a maze")
-    for x, y, radius in args.remove_discs:
-        keep = np.linalg.norm(data["observations"][:, :2] - np.float32([x, y]), axis=-1) > radius
-        report.setdefault("removed_by_discs", []).append([x, y, radius, int((~keep).sum())])
-        if keep.all():
-            print(f"warning: --remove-discs {x:g} {y:g} {radius:g} removes nothing", file=sys.stderr)
-        data, success = {name: value[keep] for name, value in data.items()}, success[keep]
-    if not len(success):
-        fail(f"{source}: nothing is left after truncation and removal; check --remove-discs and --truncate-episodes")
+    if task.family in ENDLESS or task.family == "antmaze":
+        data["terminations"] = success.astype(np.float32) * (task.family == "antmaze")
+    # --- Actions in [-1, 1] ---
+    low, high = env.unwrapped.action_space.low, env.unwrapped.action_space.high
+    if (low != -1).any() or (high != 1).any():
+        data["actions"] = 2 * (data["actions"] - low) / (high - low) - 1
     clipped = np.clip(data["actions"], -1 + 1e-5, 1 - 1e-5)
-    report["actions_clipped"] = int((clipped != data["actions"]).any(1).sum())  # transitions
+    # --- Which rows are kept ---
+    if args.truncate_episodes:
+        starts = np.flatnonzero(np.diff(data["episodes"], prepend=-1))
+        lengths = np.diff([*starts, n])
+        place, length = rows - np.repeat(starts, lengths), np.repeat(lengths, lengths)
+        if not args.bootstrap_at_cut:
+            data["terminations"][(place == args.truncate_episodes - 1) & (length > args.truncate_episodes)] = 1.0
+        rows = rows[place < args.truncate_episodes]
+        report["removed_by_truncation"] = n - len(rows)
+    report["successful_episodes_before_removal"] = len(np.unique(data["episodes"][rows][success[rows]]))
+    if task.goal_cell:
+        positions, maze = data["observations"][:, :2], env.unwrapped.maze
+        if outside := int((np.abs(positions) > (maze.x_map_center, maze.y_map_center)).any(1).sum()):
+            fail(f"{report['source']}: {outside} positions lie outside the maze; give them in gymnasium-robotics' "
+                 "coordinates, which have their origin in the middle")
+        jumps = np.linalg.norm(data["next_observations"][:, :2] - positions, axis=-1)
+        if jumps.max() > maze.maze_size_scaling:  # a cell
+            fail(f"{report['source']}: a step of {jumps.max():.1f} m in row {jumps.argmax()}, where an episode must "
+                 "have ended; put its ends right")
+    elif args.remove_discs:
+        fail(f"--remove-discs: {args.env_id} has no positions in a maze")
+    if args.data_subset and args.data_subset < len(rows):
+        rows = np.random.default_rng(derive_seed(seed, "subset")).choice(rows, args.data_subset, replace=False)
+        report["subset"] = args.data_subset
+    for x, y, radius in args.remove_discs:
+        outside = np.linalg.norm(data["observations"][rows, :2] - np.float32([x, y]), axis=-1) > radius
+        report.setdefault("removed_by_discs", []).append([x, y, radius, int((~outside).sum())])
+        rows = rows[outside]
+    if not len(rows):
+        fail(f"{report['source']}: nothing is left; check --remove-discs and --truncate-episodes")
+    report["actions_clipped"] = int((clipped != data["actions"])[rows].any(1).sum())  # transitions
     data["actions"] = clipped
-    digest = hashlib.sha256()
-    for name in sorted(data):
-        digest.update(np.ascontiguousarray(data[name]))
-    report |= {"transitions": len(success), "episodes": len(np.unique(data["episodes"])),
+    data, success = {name: value[rows] for name, value in data.items()}, success[rows]
+    report |= {"transitions": len(rows), "episodes": len(np.unique(data["episodes"])),
                "successful_episodes": len(np.unique(data["episodes"][success])),
                "reward_range": [float(data["rewards"].min()), float(data["rewards"].max())],
-               "sha256": digest.hexdigest()}
+               "sha256": hashlib.sha256(b"".join(data[name].tobytes() for name in sorted(data))).hexdigest()}
     print(f"{args.env_id}: offline data")
     print(*(f"  {key.replace('_', ' ')}: {value}" for key, value in report.items()), sep="\n")
     return data, report
 
 
-# === end shared block: tasks and data ===
+# === end shared block: offline data ===
 
 
+# === command line, run directory ===
 # === shared block: run directory ===
-# --- command line ---
-def fail(message, code=2) -> NoReturn:
+# Settings of a process, not of its run: not taken over from another run, and free to change on --resume.
+PROCESS_SETTINGS = ("resume", "track", "wandb_project", "wandb_mode", "runs_dir", "video", "device", "torch_threads",
+                    "compile")
+# May change on --resume: no number depends on them (on the data's and the source run's identity one does).
+MAY_CHANGE = (*PROCESS_SETTINGS, "log_every", "checkpoint_every", "dataset_path", "exploit_only", "init_from")
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
     """Say in one line on stderr what was wrong and what to do, and exit."""
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
@@ -1389,100 +1552,70 @@ def fail(message, code=2) -> NoReturn:
     raise SystemExit(code)
 
 
-def parse_args(argv=None):
+def parse_args(argv: list[str] | None = None):
     """Defaults < the task's row < the settings of the --exploit-only or --eval-only run < the command line; then
-    --scale. Exit 2 with one line for what cannot be."""
+    --scale. Exit 2 with one line for what is wrong."""
     argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
     first = tyro_cli([word for word in argv if word not in ("-h", "--help")], Args())
-    if source := getattr(first, "eval_only", "") or getattr(first, "exploit_only", ""):
-        own = {name: getattr(Args, name) for name in (*OWN, "exp_name", "eval_only", "exploit_only") if
-               hasattr(Args, name)}
-        default = tyro_cli(command_line(read_config(source)["args"] | own), Args(), f"{source}/config.json: ")
-        check_ranges(default)
+    source = getattr(first, "eval_only", "") or getattr(first, "exploit_only", "")
+    if source:
+        own = (*PROCESS_SETTINGS, "exp_name", "eval_only", "exploit_only")
+        default = Args(**read_config(source)["args"] | {k: v for k, v in asdict(Args()).items() if k in own})
     else:
-        default = replace(Args(env_id=first.env_id), **TASKS[first.env_id].settings)
+        default = Args(env_id=first.env_id, **TASKS[first.env_id].settings)
     args = tyro_cli(argv, default)
-    check_ranges(args)
-    for name in ("runs_dir", "dataset_path", "eval_only", "exploit_only", "init_from"):
-        if hasattr(args, name):
-            setattr(args, name, os.path.expanduser(getattr(args, name)))
-
-    for name in BUDGETS:
+    # The times of a source run's phases have been scaled already.
+    for name in (n for n in BUDGETS if not source or n not in ("offline_steps", "online_steps", "retrain_at")):
         value = getattr(args, name)
         scaled = [max(1, round(x * args.scale)) if x else 0 for x in np.atleast_1d(value).tolist()]
         setattr(args, name, tuple(scaled) if isinstance(value, tuple) else scaled[0])
+    for name in ("eval_episodes", "final_episodes"):
+        value = getattr(args, name)
+        setattr(args, name, min(value, max(5, round(value * args.scale))))
     args.scale = 1.0
-    for wrong, message in (
-        (source and args.env_id != default.env_id, f"{source} is a run on {default.env_id}; leave --env-id out"),
-        (not re.fullmatch(r"\w[\w.+=,-]*", args.exp_name) or len(os.fsencode(args.exp_name)) > 100,
-         "--exp-name must be one short word, it names a folder"),
-        (getattr(args, "rnd_hidden_dims", 1) == (), "--rnd-hidden-dims needs a layer"),
-        (getattr(args, "video", False) and not args.eval_only, "--video goes with --eval-only"),
-        (getattr(args, "dataset_id", ()) and args.dataset_path, "give --dataset-id or --dataset-path, not both"),
-        *mistakes(args),
-    ):
+    for wrong, message in invalid_combinations(args):
         if wrong:
             fail(message)
+    if source and args.env_id != default.env_id:
+        fail(f"{source} is a run on {default.env_id}; leave --env-id out")
     return args
 
 
-def command_line(settings):
-    """The words that give these settings: those of a config.json are read as if they were typed."""
-    flat = lambda value: [w for x in value for w in flat(x)] if isinstance(value, tuple) else [str(value)]  # noqa: E731
-    for name, value in settings.items():
-        flag = name.replace("_", "-")
-        if isinstance(getattr(Args, name), bool):
-            yield f"--{flag}" if value is True else f"--no-{flag}" if value is False else f"--{flag}={value}"
-        else:
-            yield from (f"--{flag}", *flat(value)) if isinstance(value, tuple) else (f"--{flag}={value}",)
-
-
-def tyro_cli(argv, default, where=""):
+def tyro_cli(argv, default):
     """tyro's reading of a command line; its errors, which fill a box, as one line."""
     box = io.StringIO()
     try:
         with redirect_stderr(box):
-            return tyro.cli(Args, args=list(argv), default=default, description=__doc__)
+            return tyro.cli(Args, args=argv, default=default, description=__doc__)
     except SystemExit as stop:
+        text = re.sub(r"[\s\u2500-\u257f]+", " ", box.getvalue())
+        if outside := re.search(r"for Args (\w+)\S* (.*?) \[type=\w+, input_value=(.*?), input_type", text):
+            text = f"--{outside[1].replace('_', '-')} {outside[3]}: {outside[2]}"
         if stop.code:
-            fail(where + re.sub(r"(?:[\s\u2500-\u257f]|-{3,})+", " ", box.getvalue()))
+            fail(text)
         raise
-
-
-def check_ranges(args):
-    """Exit 2 with one line unless every number lies in its interval of RANGES."""
-    for (low, high), names in RANGES.items():
-        for name in names.split():
-            value = getattr(args, name)
-            for x in np.ravel(() if value is None and getattr(Args, name) is None else value).tolist():
-                if not (isinstance(x, (int, float)) and low <= x <= high):
-                    fail(f"--{name.replace('_', '-')} {x} lies outside [{low:g}, {high:g}]")
 
 
 def read_config(run_dir, scripts=(SCRIPT,)):
     """config.json of a run of one of the scripts; exit 2 if RUN_DIR does not hold one."""
-    path = Path(run_dir).expanduser() / "config.json"
+    path = Path(run_dir) / "config.json"
     try:
         config = json.loads(path.read_text())
-        if config["script"] not in scripts:
-            fail(f"{run_dir} is a run of {config['script']}; give a run of {' or '.join(scripts)}")
-        tuples = lambda value: tuple(map(tuples, value)) if isinstance(value, list) else value  # noqa: E731
-        config["args"] = {name: tuples(value) for name, value in config["args"].items()}
-        other = set(config["args"]) ^ {field.name for field in fields(Args)}
-        if other and config["script"] == SCRIPT:
-            fail(f"{path} has other settings than this version of {SCRIPT} ({' '.join(sorted(other))})")
-        config["run_id"], config["dataset"]["sha256"], config["versions"], config["resumed"]
-        return config
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        fail(f"{path} is not the config of a run of {' or '.join(scripts)} ({error!r}); give the folder of a run")
+        if config["script"] == SCRIPT:
+            args = asdict(Args(**config["args"]))
+            if missing := args.keys() - config["args"].keys():
+                raise ValueError(f"made by another version: no {' '.join(sorted(missing))}")
+            config["args"] = args
+        if config["script"] in scripts:
+            config["run_id"], config["source_run_id"], config["dataset"]["sha256"], config["resumed"]
+            return config
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        fail(f"{path} is not the config of a run of {' or '.join(scripts)} ({type(error).__name__}: {error})")
+    fail(f"{run_dir} is a run of {config['script']}; give a run of {' or '.join(scripts)}")
 
 
-# --- run directory, metrics, checkpoint ---
-OWN = ("resume", "track", "wandb_project", "wandb_mode", "runs_dir", "video", "device", "torch_threads")
-FREE = (*OWN, "log_every", "checkpoint_every", "dataset_path")  # bear on no number (the data's SHA-256 does)
-
-
-def derive_seed(seed, *place):
+# --- seeds, steps, device ---
+def derive_seed(seed: int, *place) -> int:
     """An independent 32-bit seed for each (seed, purpose, step or episode, ...)."""
     words = [zlib.crc32(str(part).encode()) for part in place]
     return int(np.random.SeedSequence([seed, *words]).generate_state(1)[0])
@@ -1495,68 +1628,43 @@ def seed_torch(seed):
         torch.cuda.manual_seed(seed)
 
 
-def due(step, every, last):
+def at_interval(step, every, last):
     return step % every == 0 or step == last
 
 
 def progress_bar(name, start, stop):
     """Step numbers from start to stop, with a bar on stderr; in a log file it is a line a minute."""
     interval = 0.1 if sys.stderr.isatty() else 60
-    return tqdm(range(start, stop), initial=start, total=stop, desc=name, dynamic_ncols=True, mininterval=interval,
-                  maxinterval=max(10, interval))
+    return tqdm(range(start, stop), initial=start, total=stop, desc=name, mininterval=interval, maxinterval=interval)
 
 
 def setup_torch(args):
-    """Device, threads, precision, and --compile auto made on or off. Exit 2 for a device that does not work."""
+    """Device, threads, precision, and --compile auto made on or off. Exit 2 for what does not work."""
     try:
         auto = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(auto if args.device == "auto" else args.device)
         torch.zeros(1, device=device).item()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # the one that is seeded
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {args.device}: {str(error).splitlines()[0]}")
     if args.cudagraphs and device.type != "cuda":
         fail("--cudagraphs needs a CUDA device; leave it out on the CPU")
     torch.set_num_threads(args.torch_threads)
     torch.set_float32_matmul_precision(args.matmul_precision)
-    auto, updates, compiler = args.compile == "auto", count_updates(args), None
+    auto, updates = args.compile == "auto", count_updates(args)
+    if args.compile == "on" or auto and updates >= COMPILE_PAYS:
+        try:  # a small graph of each kind that the updates have
+            torch.compile(lambda x: (x @ x).relu().sum())(torch.zeros(64, 64, device=device))
+            args.compile = "on"
+        except Exception as error:  # no compiler, one without OpenMP, a damaged cache, ...
+            if not auto:
+                fail(f"--compile on: {str(error).strip().splitlines()[0]}; install g++, or leave it off")
+            print(f"torch.compile does not work here, going on without it: {str(error).strip().splitlines()[0]}")
+    args.compile = "off" if args.compile == "auto" else args.compile
     if auto:
-        args.compile = "on" if updates >= COMPILE_PAYS else "off"
-    if args.compile == "on":
-        with suppress(RuntimeError):
-            compiler = shutil.which(torch._inductor.cpp_builder.get_cpp_compiler())
-        if not compiler and not auto:
-            fail("--compile on needs a C++ compiler, and there is none that works: install g++, or leave it off")
-        args.compile = "on" if compiler else "off"
-    if auto:
-        print(f"--compile auto: {args.compile} ({updates:,} updates; on from {COMPILE_PAYS:,}, with a C++ compiler)")
+        print(f"--compile auto: {args.compile} ({updates:,} updates; it pays from {COMPILE_PAYS:,} on)")
     return device
-
-
-class Adam(torch.optim.Adam):
-    """torch's fused Adam. minimize() is one step, also within a compiled update, which step() would break apart."""
-
-    def __init__(self, parameters, learning_rate):
-        super().__init__(parameters, learning_rate, fused=True)
-        for p in self.param_groups[0]["params"]:
-            self.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
-                             "exp_avg_sq": torch.zeros_like(p)}
-
-    def minimize(self, loss):
-        """One step along the gradient of the scalar loss with respect to these parameters alone."""
-        group = self.param_groups[0]
-        parameters, rate, eps, (beta1, beta2) = group["params"], group["lr"], group["eps"], group["betas"]
-        gradients = torch.autograd.grad(loss, parameters)
-        states = [self.state[p] for p in parameters]
-        steps, means, squares = ([state[name] for state in states] for name in ("step", "exp_avg", "exp_avg_sq"))
-        with torch.no_grad():
-            torch._foreach_add_(steps, 1.0)
-            if not torch.compiler.is_compiling():
-                return torch._fused_adam_(parameters, gradients, means, squares, [], steps, lr=rate, beta1=beta1,
-                                          beta2=beta2, weight_decay=0.0, eps=eps, amsgrad=False, maximize=False)
-            for p, g, m, v, n in zip(parameters, gradients, means, squares, steps, strict=True):  # the same, traceable
-                m.lerp_(g, 1 - beta1)
-                v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-                p.sub_(rate / (1 - beta1**n) * m / ((v / (1 - beta2**n)).sqrt() + eps))
 
 
 def faster(args, update):
@@ -1564,7 +1672,6 @@ def faster(args, update):
     if args.compile == "on":
         torch.compiler.reset()  # graphs of an earlier phase's networks
         torch._inductor.config.fallback_random = True  # the random numbers of the eager update
-        torch._dynamo.config.trace_autograd_ops = torch._dynamo.config.capture_dynamic_output_shape_ops = True
         update = torch.compile(update)
     return CudaGraph(update) if args.cudagraphs else update
 
@@ -1593,109 +1700,115 @@ class CudaGraph:
         return self.losses
 
 
+# --- files ---
 def atomic_write(path, content):
     """Write bytes so that at any moment the file is the old one or the new one, complete."""
-    path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)  # left by a kill
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:  # made here: a link of that name is not followed
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-    with suppress(OSError):  # the rename itself; some file systems cannot
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, content):
+    atomic_write(path, json.dumps(content, indent=1).encode())
 
 
 def save_torch(path, content):
-    """torch.save, atomically, with the file's SHA-256 as comment of the zip archive that it is."""
     stream = io.BytesIO()
     torch.save(content, stream)
-    data = stream.getvalue()[:-2]  # without the comment's length
-    atomic_write(path, data + (64).to_bytes(2, "little") + hashlib.sha256(data).hexdigest().encode())
+    atomic_write(path, stream.getvalue())
 
 
-def load_torch(path, device, scripts=(SCRIPT,)):
-    """A file of save_torch; exit 2 if it is missing, is not as it was written, or is of none of the scripts."""
+def load_torch(path: Path, device, run_id: str | None = None, scripts=(SCRIPT,)) -> dict:
+    """A file of save_torch; exit 2 if it is missing, damaged, of another script, or of another run than run_id."""
     try:
-        data = Path(path).read_bytes()
-        if hashlib.sha256(data[:-66]).hexdigest().encode() != data[-64:]:
-            fail(f"{path} is not as it was written (its checksum differs): restore it, or start the run again")
-        content = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
-    except OSError as error:
-        fail(f"{path} cannot be read ({error.strerror}); has the run come that far?")
-    if content["script"] not in scripts:
-        fail(f"{path} was not written by {' or '.join(scripts)}; give a run of it")
-    return content
-
-
-def read_verified(path, size, checksum):
-    """The first `size` bytes of a file; exit 2 if they are not those that were written."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read(size)
-    except OSError as error:
-        fail(f"{path} cannot be read ({error.strerror})")
-    if len(data) != size or zlib.crc32(data) != checksum:
-        fail(f"{path} is not as it was written (its checksum differs): restore it, or start the run again")
-    return data
+        with zipfile.ZipFile(path) as archive:  # torch.load looks at no checksum
+            if archive.testzip():
+                raise ValueError("its checksum differs")
+        content = torch.load(path, map_location=device, weights_only=True)
+        if content["script"] not in scripts:
+            raise ValueError(f"it was written by {content['script']}")
+        if run_id not in (None, content["run_id"]):
+            raise ValueError("it is of another run")
+        return content
+    except Exception as error:  # zipfile, pickle and torch raise many kinds for a damaged file
+        fail(f"{path} cannot be used ({type(error).__name__}: {error}); restore it, or start the run again")
 
 
 def state_of(model):
     """Networks and optimisers, for load_state."""
-    return {"networks": model.state_dict(), "optimizers": [o.state_dict()["state"] for o in model.optimizers]}
+    states = [[o.state[p] for p in o.param_groups[0]["params"]] for o in model.optimizers]
+    return {"networks": model.state_dict(), "optimizers": states}
 
 
+@torch.no_grad()
 def load_state(model, state):
+    """Copies into the tensors that are there: a CUDA graph goes on using them."""
     model.load_state_dict(state["networks"])
-    for optimizer, saved in zip(model.optimizers, state["optimizers"], strict=True):
-        # This process's groups: a checkpoint of another device has other options there.
-        optimizer.load_state_dict({"state": saved, "param_groups": optimizer.state_dict()["param_groups"]})
+    for optimizer, states in zip(model.optimizers, state["optimizers"], strict=True):
+        for p, saved in zip(optimizer.param_groups[0]["params"], states, strict=True):
+            for name, value in saved.items():
+                optimizer.state[p][name].copy_(value)
 
 
 class Run:
     """A run directory. config.json: settings, versions, hardware, data. metrics.jsonl, evals.jsonl: the same bytes for
     the same seed on the same machine. timing.jsonl: what differs each time. replay.bin: the online transitions, raw
-    float32 rows (columns: config.json). checkpoint.pt: what --resume needs.
+    float32 rows (columns: config.json). checkpoint.pt: what --resume needs. results.json: the end.
 
     Everything random is seeded by its place (phase, step or episode), so a resumed run needs no saved generator. Until
-    begin() nothing is written, and by then what is to be continued has been read and verified."""
+    begin() nothing is written. On --resume all that came after the last checkpoint is cut off and made again."""
 
     FILES = ("metrics.jsonl", "evals.jsonl", "timing.jsonl", "replay.bin")
-    signal = None  # the one that has come
 
     def __init__(self, args, **progress):
         """progress: the counters and scores of a new run."""
-        self.args, self.progress, self.models, self.config, self.wandb = args, progress, {}, None, None
+        self.args = args
+        self.progress = progress
         self.path = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}"
-        self.sizes, self.sums = dict.fromkeys(self.FILES, 0), dict.fromkeys(self.FILES, 0)
-        self.updates, self.clock = 0, time.perf_counter()
+        self.config = None
+        self.id, self.source_id = secrets.token_hex(8), None
+        self.models = {}
+        self.sizes, self.replay_sum = dict.fromkeys(self.FILES, 0), 0
         self.data_seed, self.data_sha256 = args.seed, None  # of the offline data; --exploit-only: the source's
-        if (self.path / "config.json").exists():
-            if not args.resume:
-                fail(f"{self.path} exists; continue it with --resume, or choose another --seed or --exp-name")
+        self.wandb = self.signal = None
+        self.finished = False
+        self.updates, self.clock = 0, time.perf_counter()
+        known = (self.path / "config.json").exists()
+        if known and not args.resume:
+            fail(f"{self.path} exists; continue it with --resume, or choose another --seed or --exp-name")
+        if not known and self.path.exists() and any(p.name[0] != "." for p in self.path.iterdir()):
+            fail(f"{self.path} has files but no config.json; restore it, or choose another --seed or --exp-name")
+        if known:
+            self.read_settings()
+        if not self.finished:
+            self.device = setup_torch(args)
+        if known and not self.finished:
+            saved = read_checkpoint(self.path, self.config, self.device)
+            self.models, self.progress, self.sizes = saved["models"], saved["progress"], saved["sizes"]
+            self.replay_sum = saved["replay_sum"]
+
+    def read_settings(self):
+        """config.json of a run that is to be continued; exit 2 if it has other settings."""
+        if not (self.path / "results.json").exists():
             self.lock()
-            self.config = read_config(self.path)
-            before = self.config["args"]
-            args.compile = before["compile"] if args.compile == "auto" else args.compile
-            changed = [name for name, value in asdict(args).items() if name not in FREE and before[name] != value]
-            if changed:
-                was = ", ".join(f"--{name.replace('_', '-')} was {before[name]}" for name in changed)
-                fail(f"--resume needs the settings that {self.path} was started with: {was}")
-        elif self.path.exists() and (not self.path.is_dir() or any(p.name[0] != "." for p in self.path.iterdir())):
-            fail(f"{self.path} is there and is not a run; choose another --seed or --exp-name")
-        self.device = setup_torch(args)
-        self.rows = b""
-        if self.config and (self.path / "checkpoint.pt").exists():
-            saved, self.rows = self.read_checkpoint(self.path, self.config)
-            self.models, self.progress, self.sizes, self.sums = (
-                saved[name] for name in ("models", "progress", "sizes", "sums"))
+        self.finished = (self.path / "results.json").exists()
+        self.config = read_config(self.path)
+        self.id, self.source_id = self.config["run_id"], self.config["source_run_id"]
+        self.data_sha256 = self.config["dataset"]["sha256"]
+        before = self.config["args"]
+        changed = [k for k, v in asdict(self.args).items() if k not in MAY_CHANGE and before[k] != v]
+        if changed:
+            was = ", ".join(f"--{name.replace('_', '-')} was {before[name]}" for name in changed)
+            fail(f"--resume needs the settings that {self.path} was started with: {was}")
+        if self.args.compile == "auto" and before["compile"] == "off":
+            self.args.compile = "off"
 
     def lock(self):
         """One process a directory; death releases it."""
@@ -1705,96 +1818,91 @@ class Run:
         except Timeout:
             fail(f"another process is at work in {self.path}; wait for it, or choose another --seed or --exp-name")
 
-    def read_checkpoint(self, path, config):
-        """The checkpoint of a run directory and the bytes of its online rows; exit 2 if anything was altered."""
-        saved = load_torch(path / "checkpoint.pt", self.device)
-        if (saved["run_id"], saved["args"]) != (config["run_id"], json.dumps(config["args"])):
-            fail(f"{path / 'checkpoint.pt'} does not belong to {path / 'config.json'}; restore the run's own")
-        for name in self.FILES:  # the last one's content is returned
-            data = read_verified(path / name, saved["sizes"][name], saved["sums"][name])
-        return saved, data
-
-    def read_replay(self, width):
-        """The online rows (n, width) up to the checkpoint."""
-        return np.frombuffer(bytearray(self.rows), np.float32).reshape(-1, width)
+    def saved_replay(self):
+        """What ReplayBuffer.load needs to go back to the checkpoint."""
+        return self.path / "replay.bin", self.sizes["replay.bin"], self.replay_sum, self.progress["env_step"]
 
     def begin(self, dataset, columns):
         """From here on files are written. dataset: the report of load_dataset; columns: those of replay.bin's rows."""
-        start, known = provenance(self.device), self.config
-        if {dataset["sha256"], known and known["dataset"]["sha256"], self.data_sha256} - {None} != {dataset["sha256"]}:
+        if self.data_sha256 not in (None, dataset["sha256"]):
             fail(f"the offline data {dataset['source']} is not what the run was started with (sha256 differs)")
-        if known:
-            for name in ("commit", "versions", "hardware"):
-                if start[name] != (last := (known["resumed"] or [known])[-1][name]):
-                    print(f"resumed with other {name}: {start[name]}, before: {last}")
-            known["resumed"].append(start)
+        start = provenance(self.device) | {"compile": self.args.compile}
+        if self.config:
+            self.config["resumed"].append(start)
         else:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock()
             if (self.path / "config.json").exists():
                 fail(f"another process has just started {self.path}")
             ends = {k: [c.start, c.stop] if isinstance(c, slice) else [c, c + 1] for k, c in columns.items()}
-            self.config = {"script": SCRIPT, "run_id": secrets.token_hex(8), "args": asdict(self.args), **start,
-                           "dataset": dataset, "replay_columns": ends, "resumed": []}
-        try:
-            if self.args.track:
-                self.start_wandb()
-            atomic_write(self.path / "config.json", json.dumps(self.config, indent=1).encode())
-            self.files = {name: open(self.path / name, "ab", buffering=0) for name in self.FILES}
-            for name, file in self.files.items():  # what came after the checkpoint is made again
-                file.truncate(self.sizes[name])
-        except BaseException:
-            if not known:  # a start that fails leaves nothing behind
-                shutil.rmtree(self.path, ignore_errors=True)
-                with suppress(OSError):
-                    self.path.parent.rmdir()
-            raise
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, Run.on_signal)
-        place = {name: value for name, value in self.progress.items() if name != "scores"}
+            self.config = {"script": SCRIPT, "run_id": self.id, "source_run_id": self.source_id,
+                           "args": asdict(self.args), **start, "dataset": dataset, "replay_columns": ends,
+                           "resumed": []}
+        if self.args.track:
+            self.start_wandb()
+        write_json(self.path / "config.json", self.config)
+        self.files = {name: open(self.path / name, "ab", buffering=0) for name in self.FILES}
+        for name, file in self.files.items():
+            file.truncate(self.sizes[name])
+        if not (self.path / "checkpoint.pt").exists():
+            self.checkpoint()  # from now on a run without one has lost it
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+            with suppress(AttributeError, ValueError):  # not on Windows; not in a thread
+                number = getattr(signal, name)
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    signal.signal(number, self.on_signal)
         if self.args.resume:
+            place = {name: value for name, value in self.progress.items() if name not in ("scores", "diverged")}
             print(f"continued at {place}" if any(place.values()) else "nothing to continue, starting anew")
 
-    def start_wandb(self):
-        try:
-            import wandb
+    def on_signal(self, number, frame):
+        """The next checkpoint is the last one; a second signal of the kind ends at once."""
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
 
-            mode = self.args.wandb_mode or os.environ.get("WANDB_MODE", "online")
-            parts = len(self.config["resumed"])  # wandb continues no offline run: each part is a run of one group
-            run_id = self.config["run_id"] + (f"-{parts}" if mode == "offline" and parts else "")
-            project = self.args.wandb_project or os.environ.get("WANDB_PROJECT", "ooo")
-            self.wandb = wandb.init(project=project, mode=mode, id=run_id, group=self.config["run_id"], resume="allow",
-                                    name=self.path.name, dir=self.path, config=self.config)
-        except Exception as error:  # no key, no network, not installed
+    def start_wandb(self):
+        """wandb's own variables fill in what is not given."""
+        import wandb
+
+        env = os.environ
+        mode = self.args.wandb_mode or wandb.setup().settings.mode
+        parts = f"-{len(self.config['resumed'])}" if mode == "offline" else ""  # wandb continues no offline run
+        try:
+            self.wandb = wandb.init(
+                project=self.args.wandb_project, mode=self.args.wandb_mode, id=self.id + parts, resume="allow",
+                name=env.get("WANDB_NAME", self.path.name), group=env.get("WANDB_RUN_GROUP", self.id),
+                dir=env.get("WANDB_DIR", self.path), config=self.config)
+        except Exception as error:  # no key, no network
             fail(f"--track: wandb cannot start ({error}); log in, use --wandb-mode offline, or leave --track out")
 
-    @staticmethod
-    def on_signal(number, frame):
-        """The next checkpoint is the last one; a second signal ends at once."""
-        Run.signal = number
-        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(each, signal.SIG_DFL)
-
-    def append(self, name, data):
+    def write(self, name, data):
         """Bytes to the end of a file: all of them, or the run stops."""
         if self.files[name].write(data) != len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path / name))
         self.sizes[name] += len(data)
-        self.sums[name] = zlib.crc32(data, self.sums[name])
+        if name == "replay.bin":
+            self.replay_sum = zlib.crc32(data, self.replay_sum)
 
     def log(self, name, phase, env_step, grad_step, **values):
         """One record, a line of JSON."""
         where = {"phase": phase, "env_step": env_step, "grad_step": grad_step}
-        self.append(name, json.dumps(where | values).encode() + b"\n")
+        self.write(name, json.dumps(where | values).encode() + b"\n")
         if self.wandb and name == "metrics.jsonl":
             self.wandb.log({f"{phase}/{key}": value for key, value in values.items()} | where)
 
-    def log_losses(self, phase, env_step, grad_step, losses, **extra):
-        """Losses of the last update; one that is not finite ends the run."""
+    def log_losses(self, policy, phase, env_step, grad_step, losses, ceiling=0.0, **extra):
+        """Losses of the last update; one that is not finite ends the run. A mean |Q| or |V| over the ceiling is said
+        once: no true value is that large. A tenth is left for the error of the networks, and a ceiling of 0 is none."""
         values = {name: value.item() for name, value in losses.items()}
         if bad := [name for name, value in values.items() if not np.isfinite(value)]:
             fail(f"{bad[0]} is {values[bad[0]]} at {phase} step {grad_step}; the last checkpoint before is kept", 1)
+        size = max(values.get("losses/q_magnitude", 0.0), values.get("losses/v_magnitude", 0.0))
+        if size > 1.1 * ceiling > 0 and policy not in self.progress["diverged"]:
+            self.progress["diverged"][policy] = {"phase": phase, "env_step": env_step, "grad_step": grad_step,
+                                                 "magnitude": size, "ceiling": ceiling}
+            extra["diverged"] = policy
+            print(f"{policy} diverges: mean |Q| or |V| is {size:.4g} at {phase} step {grad_step}, and the data allow "
+                  f"{ceiling:.4g}", file=sys.stderr)
         self.log("metrics.jsonl", phase, env_step, grad_step, **values, **extra)
         speed = self.updates / max(time.perf_counter() - self.clock, 1e-9)
         self.log("timing.jsonl", phase, env_step, grad_step, **{"charts/SPS": speed, "time": time.time()})
@@ -1817,80 +1925,79 @@ class Run:
         for name, model in models.items():
             if not all(p.isfinite().all() for p in model.parameters()):
                 fail(f"{name} is not finite at {self.progress}; the checkpoint before is kept in {self.path}", 1)
-        for file in self.files.values():
+        for name, file in self.files.items():
             os.fsync(file.fileno())
+            if os.path.getsize(self.path / name) != self.sizes[name]:
+                fail(f"{self.path / name} was changed by another process; end it, then go on with --resume", 1)
         save_torch(self.path / "checkpoint.pt", {
-            "script": SCRIPT, "run_id": self.config["run_id"], "args": json.dumps(self.config["args"]),
-            "progress": self.progress, "sizes": self.sizes, "sums": self.sums,
+            "script": SCRIPT, "run_id": self.id, "args": json.dumps(self.config["args"]), "progress": self.progress,
+            "sizes": self.sizes, "replay_sum": self.replay_sum,
             "models": {name: state_of(model) for name, model in models.items()}})
         if self.signal:
             name = signal.Signals(self.signal).name
             fail(f"stopped by {name}; the checkpoint is written, continue with --resume", 128 + self.signal)
 
 
+def read_checkpoint(path, config, device):
+    """checkpoint.pt of a run directory; exit 2 if it does not belong to the files beside it."""
+    saved = load_torch(path / "checkpoint.pt", device, config["run_id"])
+    if saved["args"] != json.dumps(config["args"]):
+        fail(f"{path / 'checkpoint.pt'} does not belong to {path / 'config.json'}; restore the run's own")
+    for name, size in saved["sizes"].items():
+        if not (path / name).exists() or os.path.getsize(path / name) < size:
+            fail(f"{path / name} is shorter than it was at the checkpoint; restore it, or start the run again")
+    return saved
+
+
 def provenance(device):
-    """What a number needs beside it: versions, commit, hardware, command, time."""
+    """What a number needs beside it: the script's text, versions, commit, hardware, command, time."""
     packages = ("torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari")
     commit, cpu = None, platform.processor() or platform.machine()
     with suppress(OSError, subprocess.SubprocessError):
         git = ["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--dirty", "--abbrev=12"]
         commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
-    with suppress(OSError):
-        cpu = next((x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), cpu)
+    with suppress(OSError, TypeError):
+        cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
     return {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "commit": commit,
+            "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
             "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-            "hardware": {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-                         "matmul_precision": torch.get_float32_matmul_precision(),
+            "hardware": {"cpu": cpu, "cpu_capability": torch.backends.cpu.get_cpu_capability(), "cores": os.cpu_count(),
+                         "threads": torch.get_num_threads(), "matmul_precision": torch.get_float32_matmul_precision(),
                          "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None}}
-
-
-class Stream:
-    """An output stream whose reader may go away; where nobody looks, progress is written in lines."""
-
-    def __init__(self, stream):
-        self.stream, self.lines = stream or open(os.devnull, "w"), not (stream and stream.isatty())
-
-    def write(self, text):
-        with suppress(OSError, ValueError):
-            self.stream.write(text.replace("\r", "\n") if self.lines else text)
-        return len(text)
-
-    def flush(self):
-        try:
-            self.stream.flush()
-        except (OSError, ValueError):
-            self.stream = open(os.devnull, "w")
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-
-@contextmanager
-def one_line_errors():
-    """What can end a run from outside, said in one line."""
-    while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # a closed stream's number must not become that of a file
-        os.set_inheritable(number, True)
-    sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
-    try:
-        yield
-    except OSError as error:
-        fail(f"{error}; what was saved before is whole: put it right, then use --resume", 1)
-    except KeyboardInterrupt:
-        fail("interrupted", 130)
-    except (MemoryError, RuntimeError) as error:
-        if "torch._dynamo" in sys.modules and isinstance(error, torch._dynamo.exc.TorchDynamoException):
-            reason = re.sub("backend='.*' raised:", "", str(error)).strip().splitlines()[0]
-            cache = torch._inductor.runtime.cache_dir_utils.cache_dir()
-            fail(f"torch.compile: {reason}; delete its cache ({cache}), or give --compile off", 1)
-        if isinstance(error, RuntimeError) and "memory" not in str(error) and "alloc" not in str(error):
-            raise
-        fail(f"not enough memory ({str(error).splitlines()[0]}); use smaller networks, batches or budgets", 1)
 
 
 # === end shared block: run directory ===
 
 
+# === shared block: exploit only ===
+def read_source(run):
+    """--exploit-only: the exploration scores of a finished run, its choice of offline data, and where its online rows
+    are, as ReplayBuffer.load wants it. The source is known by its id, wherever it lies."""
+    source, times = Path(run.args.exploit_only), run.args.retrain_at
+    config = read_config(source)
+    if run.config and run.source_id != config["run_id"]:
+        fail(f"{source} is not the run whose data {run.path} was started with; give that one")
+    saved = read_checkpoint(source, config, run.device)
+    if saved["progress"]["env_step"] < max(times):
+        fail(f"--retrain-at {max(times)}: {source} holds {saved['progress']['env_step']} online transitions")
+    for t in times if getattr(run.args, "retrain_frozen_rnd", False) else ():
+        load_torch(source / f"rnd_{t}.pt", run.device, config["run_id"])
+    wanted = [f"exploration {t}" for t in times]
+    scores = saved["progress"]["scores"]
+    run.progress["scores"] |= {name: scores[name] for name in wanted if name in scores}
+    run.source_id = config["run_id"]
+    run.data_seed, run.data_sha256 = config["args"]["seed"], config["dataset"]["sha256"]
+    return source / "replay.bin", saved["sizes"]["replay.bin"], saved["replay_sum"], max(times)
+
+
+# === end shared block: exploit only ===
+
+
 if __name__ == "__main__":
-    with one_line_errors():
+    try:
         main(parse_args())
+    except KeyboardInterrupt:
+        fail("interrupted; --resume goes on from the last checkpoint", 130)
+    except OSError as error:  # a full disk, say
+        fail(f"{error}; what was saved before is whole: put it right, then use --resume", 1)

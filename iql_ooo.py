@@ -1273,7 +1273,7 @@ def read_npz(path, env):
             fail(f"{where}: next_observations of row {(breaks & ~ends).argmax()} do not continue in the next row, and "
                  "neither terminals nor timeouts mark an end there; leave timeouts out, or put them right")
         ends = ends if "timeouts" in data else ends | breaks
-    elif not timeouts.any() and not terminals[-1]:
+    elif "timeouts" not in data and not terminals[-1]:
         fail(f"{where}: nothing marks where episodes end; give timeouts or next_observations")
     late = np.flatnonzero(terminals[:-1] & ~terminals[1:] & timeouts[1:]).tolist()
     if late and task.family != "antmaze":  # there terminals are steps at the goal, and an ant may leave it
@@ -1432,7 +1432,8 @@ def read_config(run_dir, scripts=(SCRIPT,)):
                 raise ValueError(f"made by another version: no {' '.join(sorted(missing))}")
             config["args"] = args
         if config["script"] in scripts:
-            return config | {key: config[key] for key in ("run_id", "source_run_id", "dataset", "resumed")}
+            config["run_id"], config["source_run_id"], config["dataset"]["sha256"], config["resumed"]
+            return config
     except (OSError, ValueError, TypeError, KeyError) as error:
         fail(f"{path} is not the config of a run of {' or '.join(scripts)} ({type(error).__name__}: {error})")
     fail(f"{run_dir} is a run of {config['script']}; give a run of {' or '.join(scripts)}")

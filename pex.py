@@ -1,10 +1,10 @@
 # /// script
 # requires-python = ">=3.11,<3.14"
 # dependencies = ["torch==2.13.0", "numpy==2.4.6", "gymnasium==1.4.0", "gymnasium-robotics==1.4.2", "mujoco==3.3.7",
-#     "minari[hdf5,hf]==0.5.4", "tyro==1.0.17", "tqdm==4.70.1", "psutil==7.2.2", "filelock==4.3.1", "imageio==2.38.1",
-#     "imageio-ffmpeg==0.8.1", "wandb==0.31.0"]
+#     "minari[hdf5,hf]==0.5.4", "pydantic==2.14.4", "tyro==1.0.17", "tqdm==4.70.1", "filelock==4.3.1",
+#     "imageio==2.38.1", "imageio-ffmpeg==0.8.1", "wandb==0.31.0"]
 # ///
-"""PEX (Policy Expansion): a frozen policy from offline IQL, joined online by a second one that is learnt from scratch.
+"""PEX (Policy Expansion): IQL offline, then its frozen policy and a second one, learnt online, act together.
 
 Baseline of "Offline Retraining for Online RL: Decoupled Policy Learning to Mitigate Exploration Bias", arXiv
 2310.08558, Tables 1 and 2. PEX: Zhang et al., arXiv 2302.00935. IQL: arXiv 2110.06169.
@@ -16,62 +16,59 @@ Baseline of "Offline Retraining for Online RL: Decoupled Policy Learning to Miti
     python iql_ooo.py --env-id pen-binary-v0 --intrinsic-reward-scale 0 --exp-name iql
     python pex.py --env-id pen-binary-v0 --init-from runs/pen-binary-v0__iql__1
 
-Both policies propose an action, pi_beta (frozen) its mean and pi_theta (learnt) a sample; which one is played is drawn
-from softmax(inv_temperature * min Q). pi_theta is regressed, as IQL's policy, on the actions that this composed policy
+Each policy proposes an action: pi_beta (frozen) its mean, pi_theta (learnt) a sample. Which one is played is drawn from
+softmax(inv_temperature * min Q). pi_theta is trained as IQL's policy, but on the actions that this composed policy
 would play in the states of the batch.
 
-Where paper and official code differ, the paper wins where it is explicit, else the code, except where the published
-coefficients were tuned with the code's form. Each choice and exception:
- 1. Expectile, temperature, dropout (Table 4), log_std_min (code; hammer -2), pretraining steps and reward shift are
-    those of iql_ooo.py's exploration, per task; inverse temperature 10, 5,000 steps before the first update and batches
-    half offline, half online are PEX's own. No RND.
- 2. Order of an update as in PEX's code (golden vectors): the Q target uses V before its step (IQL here: after), the
-    policy step the critic, target and V after theirs.
+Paper and official code differ. The paper is followed where it is explicit, else PEX's own code. "# choice N" marks
+where a choice acts.
+ 1. Expectile, temperature (Table 4; we multiply by it, as the code does), dropout, log_std_min (code; hammer -2),
+    pretraining steps and reward shift are those of iql_ooo.py's exploration, per task. Inverse temperature 10, 5,000
+    steps before the first update and batches half offline, half online are PEX's own. No RND.
+ 2. Order of an update as in PEX's code (golden vectors): the Q target uses V before its step (IQL here: after). The
+    policy's step uses critic, target and V after theirs.
  3. Evaluation makes two independent draws, as PEX's code: with probability 0.1 pi_theta's action is a sample, else its
     mean; with probability 0.1 the policy is drawn from the softmax, else it is the one with the larger Q.
- 4. Online, pi_theta's actions enter Q unclipped, as PEX's code has it; the environment gets clipped ones.
- 5. Q, V and their targets go on from the offline phase; all optimisers start anew. The fresh policy has no dropout (the
+ 4. Online actions enter Q and the buffer as they were proposed, not clipped. The environment gets them clipped.
+ 5. Q, V and their targets go on from the offline phase; all optimisers start anew. The new policy has no dropout (the
     offline one has the task's, while it is trained), and IQL's orthogonal initialisation.
  6. Q targets are clipped to q_reward_bounds where the task's IQL does so (binary Adroit), in both phases.
- 7. Offline and online data are in one append-only buffer; a batch takes half of its rows from each part.
- 8. AntMaze runs for the 1.5M steps that Table 2 reports (IQL's exploration config: 2M).
- 9. Kitchen observations are 30 of D4RL's 60 numbers, without the goal, which never changes: a reading.
+ 7. Offline and online data are in one buffer that keeps all; a batch takes half of its rows from each part.
+ 8. Kitchen: masks are 0 where the raw reward says that all 4 tasks are solved. Observations are 30 of D4RL's 60
+    numbers, without the constant goal: our interpretation.
+ 9. AntMaze runs for the 1.5M steps that Table 2 reports (IQL's exploration config: 2M).
 10. Today's packages: docs/tasks.md (signs, horizons, mazes, goals, noise). The two small mazes are not of the paper.
 """
-
-import os
-import signal
-
-if __name__ == "__main__":  # Ctrl-C while the packages load is one line too
-    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"error: interrupted; nothing was written\n"), os._exit(130)))
 
 import errno
 import hashlib
 import io
 import json
+import os
 import platform
 import re
 import secrets
 import shlex
-import shutil
+import signal
 import subprocess
 import sys
 import time
 import zipfile
 import zlib
-from contextlib import contextmanager, redirect_stderr, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from contextlib import redirect_stderr, suppress
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, NoReturn
 
 import gymnasium as gym
 import numpy as np
-import psutil
 import torch
 import torch.nn.functional as F
 import tyro
 from filelock import FileLock, Timeout
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
 from torch import nn
 from tqdm import tqdm
 
@@ -80,16 +77,17 @@ SCRIPT = "pex"  # written into every file of a run, also by a renamed copy
 
 # === tasks ===
 class Task(NamedTuple):
-    """A task of the paper on today's packages, and what it changes in Args."""
+    """A task on today's packages, and what it changes in Args. One's own: docs/tasks.md."""
 
-    family: str
+    family: str  # which reward and success: see task_reward; any other word: the environment's own
     gym_id: str
     horizon: int  # steps of an episode
     datasets: tuple[str, ...]  # Minari ids; ID:N for its first N episodes
     kwargs: dict  # of gym.make
     settings: dict  # overrides of Args
-    score: tuple[str, float, float] = ("success", 0.0, 1.0)  # what an episode scores, its 0 and its 100 (D4RL's)
+    score: tuple[str, float, float] = ("return", 0.0, 100.0)  # what an episode scores, its 0 and its 100 (D4RL's)
     goal_cell: tuple[int, int] | None = None  # (row, column) of the maze
+    far: int = 2  # mazes: a start of more cells than this from the goal is far
 
 
 # Settings are those of IQL's exploration (iql_ooo.py). Adroit data: 90% of 25 demonstrations and of 500 rollouts of
@@ -98,7 +96,7 @@ def adroit(name, horizon):
     return Task(
         name, f"AdroitHand{name.title()}-v1", horizon, (f"D4RL/{name}/human-v2:22", f"D4RL/{name}/cloned-v2:450"), {},
         dict(offline_steps=25_000, online_steps=1_000_000, save_at=(250_000, 500_000, 750_000, 1_000_000),
-             expectile=0.8, dropout=0.1, q_reward_bounds=(-1.0, 5.0)))
+             expectile=0.8, dropout=0.1, q_reward_bounds=(-1.0, 5.0)), ("success", 0.0, 1.0))  # choice 6
 
 
 def kitchen(name, *subtasks):
@@ -113,9 +111,9 @@ def kitchen(name, *subtasks):
 MAZE = dict(reward_bias=-1.0, expectile=0.9)
 
 
-def maze2d(name, horizon, low, high, goal_cell, **settings):
+def maze2d(name, horizon, low, high, goal_cell, far=2, **settings):
     return Task("maze2d", f"PointMaze_{name}-v3", horizon, (f"D4RL/pointmaze/{name.lower()}-v2",),
-                dict(continuing_task=True, reset_target=False), MAZE | settings, ("return", low, high), goal_cell)
+                dict(continuing_task=True, reset_target=False), MAZE | settings, ("return", low, high), goal_cell, far)
 
 
 TASKS = {
@@ -128,7 +126,7 @@ TASKS = {
     "antmaze-goal-missing-large-v2": Task(
         "antmaze", "AntMaze_Large-v5", 1000, ("D4RL/antmaze/large-diverse-v1",),
         dict(continuing_task=True, reset_target=False, include_cfrc_ext_in_observation=False),
-        dict(MAZE, temperature=10.0, online_steps=1_500_000, remove_discs=((14.0, -12.0, 2.5),),
+        dict(MAZE, temperature=10.0, online_steps=1_500_000, remove_discs=((14.0, -12.0, 2.5),),  # choice 9
              save_at=(500_000, 750_000, 1_000_000, 1_250_000, 1_500_000)), ("return", 0.0, 1.0), (7, 9)),
     # Discs: goal, top-left and bottom-left of the drawn map (section 5.2; where the corners lie is not published).
     "maze2d-missing-data-large-v1": maze2d(
@@ -139,24 +137,44 @@ TASKS = {
         dict(offline_steps=50_000, truncate_episodes=20, expectile=0.8, log_std_min=-2.0),
         ("return", -274.856578, 12794.134825156867)),
     # Not of the paper: small mazes to try things on, with D4RL's goals, horizons and score ranges.
-    "maze2d-missing-data-umaze-v1": maze2d("UMaze", 300, 23.85, 161.86, (1, 1), remove_discs=((-1.0, 1.0, 1.0),)),
+    "maze2d-missing-data-umaze-v1": maze2d(
+        "UMaze", 300, 23.85, 161.86, (1, 1), far=1, remove_discs=((-1.0, 1.0, 1.0),)),
     "maze2d-missing-data-medium-v1": maze2d("Medium", 600, 13.13, 277.39, (6, 6), remove_discs=((2.5, -2.5, 1.5),)),
 }
 
 
 # === arguments ===
-@dataclass
+# === shared block: ranges ===
+# The type of a setting says its range: pydantic refuses what lies outside, on the command line and in a config.json.
+Steps = Annotated[int, Field(ge=0, le=10**10)]  # 0: none
+Count = Annotated[int, Field(ge=1, le=10**10)]
+Width = Annotated[int, Field(ge=1, le=4096)]
+Real = Annotated[float, Field(ge=-1e9, le=1e9)]
+Factor = Annotated[float, Field(ge=0, le=1e6)]
+Positive = Annotated[float, Field(gt=0, le=1e6)]
+Rate = Annotated[float, Field(gt=0, le=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Inside = Annotated[float, Field(gt=0, lt=1)]
+LogStd = Annotated[float, Field(ge=-20, le=2)]
+Name = Annotated[str, Field(pattern=r"^\w[\w.+=,-]{0,99}$")]  # names a folder
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+# === end shared block: ranges ===
+
+
+@dataclass(config=ConfigDict(extra="forbid"))
 class Args:
     # --- experiment ---
     env_id: Literal[tuple(TASKS)] = "hammer-truncated-expert-v1"  # task
-    seed: int = 1  # seed of everything random in the run
-    exp_name: str = Path(__file__).stem  # middle part of the run directory's name
+    seed: Seed = 1  # seed of everything random in the run
+    exp_name: Name = Path(__file__).stem  # middle part of the run directory's name
     runs_dir: str = "runs"  # folder of the run directories
-    scale: float = 1.0  # multiplies every budget and interval (steps, not episodes or batch size)
+    scale: Positive = 1.0  # multiplies every budget and interval; episodes of evaluations shrink with it, to 5 at least
     device: str = "auto"  # auto (cuda if there is one), cpu, cuda or cuda:N
-    torch_threads: int = 1  # CPU threads of torch; several runs side by side use a machine better than one with many
+    torch_threads: Width = 1  # CPU threads of torch; several runs side by side use a machine better than one with many
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products; medium may round to bf16
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of the updates; auto: where it saves time
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of the updates; auto: where it saves time and works
     cudagraphs: bool = False  # replay the updates as CUDA graphs (cuda only)
     resume: bool = False  # continue the run of the same name from its last checkpoint
     eval_only: str = ""  # RUN_DIR of a run: evaluate its last saved policy, train nothing
@@ -164,138 +182,179 @@ class Args:
     # --- task and data ---
     dataset_id: tuple[str, ...] = ()  # Minari ids, each optionally ID:N for its first N episodes (default: the task's)
     dataset_path: str = ""  # an .npz with D4RL's keys instead of Minari data
-    truncate_episodes: int = 0  # keep the first N transitions of every offline episode (0: all)
-    data_subset: int = 0  # keep N random offline transitions (0: all); drawn before discs are removed
-    remove_discs: tuple[tuple[float, float, float], ...] = ()  # X Y RADIUS ...: offline transitions inside are removed
+    truncate_episodes: Steps = 0  # keep the first N transitions of every offline episode (0: all)
+    bootstrap_at_cut: bool = True  # bootstrap at the cut of --truncate-episodes, as the official IQL code does
+    data_subset: Steps = 0  # keep N random offline transitions (0: all); drawn before discs are removed
+    remove_discs: tuple[tuple[Real, Real, Real], ...] = ()  # X Y RADIUS ...: offline transitions inside are removed
     kitchen_cumulative: bool = False  # kitchen's offline rewards count tasks ever completed, not those that hold now
-    reward_scale: float = 1.0  # sampled rewards are (r + reward_bias) * reward_scale; stored rewards stay raw
-    reward_bias: float = 0.0  # see reward_scale
-    mask_reward: float | None = None  # if set, masks are 0 exactly where the raw reward equals this (kitchen: 4)
+    reward_scale: Factor = 1.0  # sampled rewards are (r + reward_bias) * reward_scale; stored rewards stay raw
+    reward_bias: Real = 0.0  # see reward_scale
+    mask_reward: Real | None = None  # if set, masks are 0 where the raw reward equals this (kitchen: 4)
     # --- phases ---
-    offline_steps: int = 500_000  # offline phase: gradient steps of IQL on D_off
+    offline_steps: Steps = 500_000  # offline phase: gradient steps of IQL on D_off
     init_from: str = ""  # RUN_DIR of an iql_ooo.py run without the bonus, or of pex.py: its offline phase instead
-    online_steps: int = 500_000  # online phase: environment steps
-    learning_starts: int = 5_000  # environment steps before the first update; then one update a step
-    save_at: tuple[int, ...] = (250_000, 500_000)  # environment steps t whose policy is saved and scored, and the last
-    eval_every: int = 50_000  # steps of the phase under way between evaluations
-    eval_episodes: Annotated[int, tyro.conf.arg(aliases=["--episodes"])] = 100  # episodes of one evaluation
-    log_every: int = 1_000  # steps between records of losses
-    checkpoint_every: int = 10_000  # steps between checkpoints; online at the next end of an episode
+    online_steps: Count = 500_000  # online phase: environment steps
+    learning_starts: Steps = 5_000  # environment steps before the first update; then one update a step
+    save_at: tuple[Count, ...] = (250_000, 500_000)  # environment steps after which the policy is saved and scored
+    eval_every: Count = 50_000  # steps of the phase under way between evaluations
+    eval_episodes: Annotated[Count, tyro.conf.arg(aliases=["--episodes"])] = 100  # episodes of one evaluation
+    final_episodes: Count = 100  # episodes of the last evaluation of each policy, on start states of its own
+    log_every: Count = 1_000  # steps between records of losses
+    checkpoint_every: Count = 10_000  # steps between checkpoints; online at the next end of an episode
     # --- IQL, and PEX's Q, V and pi_theta ---
-    batch_size: int = 256  # transitions of one gradient step
-    learning_rate: float = 3e-4  # Adam's rate for actor, critic and value
-    gamma: float = 0.99  # discount
-    tau: float = 0.005  # Polyak rate of the target critic, per gradient step
-    hidden_dims: tuple[int, ...] = (256, 256)  # hidden layers of actor, critic and value
-    expectile: float = 0.7  # IQL's tau in (0.5, 1): closer to 1 means closer to a max over actions
-    temperature: float = 3.0  # multiplies the advantage in exp(temperature * A); the paper's beta (Table 4)
-    dropout: float = 0.0  # offline phase: dropout rate of the actor's hidden layers, in the actor loss only
-    log_std_min: float = -5.0  # lower clip of both policies' log standard deviation (upper: 2)
-    q_reward_bounds: tuple[float, float] | None = None  # Q targets clipped to these rewards / (1 - gamma)
+    batch_size: Count = 256  # transitions of one gradient step
+    learning_rate: Rate = 3e-4  # Adam's rate for actor, critic and value
+    gamma: Share = 0.99  # discount
+    tau: Rate = 0.005  # Polyak rate of the target critic, per gradient step
+    hidden_dims: tuple[Width, ...] = (256, 256)  # hidden layers of actor, critic and value
+    expectile: Inside = 0.7  # IQL's tau in (0.5, 1): closer to 1 means closer to a max over actions
+    temperature: Positive = 3.0  # multiplies the advantage in exp(temperature * A); the paper's beta (Table 4)
+    dropout: Share = 0.0  # offline phase: dropout rate of the actor's hidden layers, in the actor loss only
+    log_std_min: LogStd = -5.0  # lower clip of both policies' log standard deviation (upper: 2)
+    q_reward_bounds: tuple[Real, Real] | None = None  # Q targets clipped to these rewards / (1 - gamma)
     # --- PEX ---
-    inv_temperature: float = 10.0  # inverse temperature of the choice between the two policies' actions by their Q
-    offline_ratio: float = 0.5  # share of each online batch that is drawn from the offline data
-    epsilon: float = 0.1  # evaluation: probability of a sample of pi_theta, and, drawn apart, of a choice by softmax
+    inv_temperature: Factor = 10.0  # inverse temperature of the choice between the two policies' actions by their Q
+    offline_ratio: Annotated[float, Field(ge=0, le=1)] = 0.5  # share of each online batch drawn from the offline data
+    # Probability of a sample of pi_theta in an evaluation and, drawn apart, of a choice by softmax.
+    epsilon: Annotated[float, Field(ge=0, le=1)] = 0.1
     # --- tracking ---
     track: bool = False  # send metrics to wandb as well
-    wandb_project: str | None = None  # unset: $WANDB_PROJECT, or ooo
-    wandb_mode: Literal["online", "offline", "disabled"] | None = None  # unset: $WANDB_MODE, or online
+    wandb_project: str | None = None  # unset: wandb's own settings
+    wandb_mode: Literal["online", "offline", "disabled"] | None = None  # unset: wandb's own settings
 
 
 BUDGETS = ("offline_steps", "online_steps", "learning_starts", "save_at", "eval_every", "log_every",
            "checkpoint_every")  # --scale multiplies these
-COMPILE_PAYS = 20_000  # updates from which --compile auto is on: it saves more than it takes (docs/speed.md)
-TINY = 1e-9  # open ends of intervals
-RANGES = {  # closed interval of every number in Args (None is allowed where it is the default; NaN lies in none)
-    (0, 2**32 - 1): "seed",
-    (0, 10**10): "truncate_episodes data_subset offline_steps learning_starts",
-    (1, 10**10): "online_steps save_at eval_every log_every checkpoint_every",
-    (1, 2**16): "eval_episodes batch_size",
-    (1, 4096): "torch_threads hidden_dims",
-    (TINY, 1e6): "scale temperature",
-    (-1e9, 1e9): "remove_discs reward_bias mask_reward q_reward_bounds",
-    (TINY, 1.0): "learning_rate tau",
-    (0.0, 1 - TINY): "gamma dropout",
-    (TINY, 1 - TINY): "expectile",
-    (0.0, 1.0): "offline_ratio epsilon",
-    (0.0, 1e6): "reward_scale inv_temperature",
-    (-20.0, 2.0): "log_std_min",
-}
+COMPILE_PAYS = 20_000  # updates from which on --compile auto is on
 
 
-def mistakes(args):
-    """What else cannot be: (is wrong, message) pairs."""
+def count_updates(args):
+    return (0 if args.init_from else args.offline_steps) + max(0, args.online_steps - args.learning_starts)
+
+
+def invalid_combinations(args):
+    """(is wrong, message) pairs for what no single setting shows."""
     last = max(args.save_at, default=0)
     return (
         (list(args.save_at) != sorted(set(args.save_at)), "--save-at must rise"),
         (last > args.online_steps, f"--save-at {last} lies outside the online budget of {args.online_steps} steps"),
         (args.q_reward_bounds and args.q_reward_bounds[0] > args.q_reward_bounds[1], "--q-reward-bounds must rise"),
+        (args.video and not args.eval_only, "--video goes with --eval-only"),
+        (args.dataset_id and args.dataset_path, "give --dataset-id or --dataset-path, not both"),
     )
 
 
-def count_updates(args):
-    """Gradient steps of the whole run."""
-    return (0 if args.init_from else args.offline_steps) + max(0, args.online_steps - args.learning_starts)
+# === networks ===
+# === shared block: adam ===
+def affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """x @ weight + bias, (num, batch, in) -> (num, batch, out), in the form that is fastest eager or compiled: the
+    compiler adds the bias in the next kernel, and a sum beats a matrix product of width 1."""
+    if not torch.compiler.is_compiling():
+        return torch.baddbmm(bias, x, weight)
+    if weight.shape[-1] == 1:
+        return (x * weight.mT).sum(-1, keepdim=True) + bias
+    return x @ weight + bias
+
+
+class Adam(torch.optim.Adam):
+    """torch's fused Adam. minimize() is one step, also within a compiled update, which step() would break apart."""
+
+    def __init__(self, parameters, learning_rate: float):
+        super().__init__(parameters, learning_rate, fused=True)
+        for p in self.param_groups[0]["params"]:
+            self.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
+                             "exp_avg_sq": torch.zeros_like(p)}
+
+    def minimize(self, loss: torch.Tensor) -> None:
+        """One step along the gradient of the scalar loss with respect to these parameters alone."""
+        group = self.param_groups[0]
+        parameters = group["params"]
+        rate, eps, (beta1, beta2) = group["lr"], group["eps"], group["betas"]
+        gradients = torch.autograd.grad(loss, parameters)
+        states = [self.state[p] for p in parameters]
+        steps, means, squares = ([state[name] for state in states] for name in ("step", "exp_avg", "exp_avg_sq"))
+        with torch.no_grad():
+            torch._foreach_add_(steps, 1.0)
+            if not torch.compiler.is_compiling():
+                return torch._fused_adam_(parameters, gradients, means, squares, [], steps, lr=rate, beta1=beta1,
+                                          beta2=beta2, weight_decay=0.0, eps=eps, amsgrad=False, maximize=False)
+            # The same, traceable. exp(n log beta) is computed once; beta**n would be computed for every vector.
+            n = steps[0].double()
+            mean_rate = (rate / (1 - (n * np.log(beta1)).exp())).float()
+            square_rate = (1 / (1 - (n * np.log(beta2)).exp())).sqrt().float()
+            for p, g, m, v in zip(parameters, gradients, means, squares, strict=True):
+                m.lerp_(g, 1 - beta1)
+                v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+                p.sub_(mean_rate * m / (v.sqrt() * square_rate + eps))
+
+
+# === end shared block: adam ===
 
 
 # === shared block: networks ===
-class MLP(nn.Module):
-    """Orthogonal linear layers of the given sizes with ReLU (and dropout) between them; the last one is linear."""
+class Stack(nn.Module):
+    """`num` networks of equal sizes side by side: (batch, dims[0]) -> (num, batch, dims[-1]). Linear layers, orthogonal
+    with gain sqrt(2), ReLU (and dropout) between them; the last one is linear."""
 
-    def __init__(self, dims):
+    def __init__(self, num: int, dims: tuple[int, ...]):
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(dims[:-1], dims[1:], strict=True))
-        for layer in self.layers:
-            nn.init.orthogonal_(layer.weight, gain=2**0.5)
-            nn.init.zeros_(layer.bias)
-
-    def forward(self, x, dropout=0.0):
-        for layer in self.layers[:-1]:
-            x = F.relu(layer(x), inplace=True)
-            x = F.dropout(x, dropout) if dropout else x
-        return self.layers[-1](x)
-
-
-class Critic(nn.Module):
-    """Two Q(s, a) as batched products: (batch, obs_dim), (batch, act_dim) -> (2, batch)."""
-
-    def __init__(self, obs_dim, act_dim, hidden_dims, num_qs=2):
-        super().__init__()
-        dims = (obs_dim + act_dim, *hidden_dims, 1)
-        pairs = list(zip(dims[:-1], dims[1:], strict=True))
-        self.weights = nn.ParameterList([torch.empty(num_qs, i, o) for i, o in pairs])
-        self.biases = nn.ParameterList([torch.zeros(num_qs, 1, o) for _, o in pairs])
+        sizes = list(zip(dims[:-1], dims[1:], strict=True))
+        self.weights = nn.ParameterList([torch.empty(num, i, o) for i, o in sizes])
+        self.biases = nn.ParameterList([torch.zeros(num, 1, o) for _, o in sizes])
         for weight in self.weights:
             for member in weight.data:
                 nn.init.orthogonal_(member, gain=2**0.5)
 
-    def forward(self, observations, actions):
-        x = torch.cat([observations, actions], dim=-1).expand(len(self.weights[0]), -1, -1)
+    def forward(self, x: torch.Tensor, dropout: float = 0.0) -> torch.Tensor:
+        x = x.expand(len(self.weights[0]), -1, -1)
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = torch.baddbmm(bias, x, weight)
-            x = F.relu(x, inplace=True) if i < len(self.weights) - 1 else x
-        return x.squeeze(-1)
+            x = affine(x, weight, bias)
+            if i < len(self.weights) - 1:
+                x = F.relu(x)
+                x = F.dropout(x, dropout) if dropout else x
+        return x
+
+
+class Value(Stack):
+    """V(s): (batch, obs_dim) -> (batch,)."""
+
+    def __init__(self, obs_dim: int, hidden_dims: tuple[int, ...]):
+        super().__init__(1, (obs_dim, *hidden_dims, 1))
+
+    def forward(self, observations: torch.Tensor) -> torch.Tensor:
+        return super().forward(observations)[0, :, 0]
+
+
+class Critic(Stack):
+    """Two Q(s, a): (batch, obs_dim), (batch, act_dim) -> (2, batch)."""
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden_dims: tuple[int, ...]):
+        super().__init__(2, (obs_dim + act_dim, *hidden_dims, 1))
+
+    def forward(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        return super().forward(torch.cat([observations, actions], dim=-1)).squeeze(-1)
 
 
 class Actor(nn.Module):
     """Diagonal Gaussian with a state-independent log_std. IQL: mean = tanh(net), not squashed, actions clipped.
     squash (TD3): action = tanh(net + std * noise)."""
 
-    def __init__(self, obs_dim, act_dim, hidden_dims, log_std_min=-5.0, squash=False):
+    def __init__(self, obs_dim: int, act_dim: int, hidden_dims: tuple[int, ...], log_std_min=-5.0, squash=False):
         super().__init__()
-        self.net = MLP((obs_dim, *hidden_dims, act_dim))
+        self.net = Stack(1, (obs_dim, *hidden_dims, act_dim))
         self.log_std = nn.Parameter(torch.zeros(act_dim))
-        self.log_std_min, self.squash = log_std_min, squash
+        self.log_std_min = log_std_min
+        self.squash = squash
 
-    def log_prob(self, observations, actions, dropout=0.0):
+    def log_prob(self, observations: torch.Tensor, actions: torch.Tensor, dropout: float = 0.0) -> torch.Tensor:
         """log pi(a|s) of the unsquashed Gaussian, shape (batch,)."""
         log_std = self.log_std.clamp(self.log_std_min, 2.0)
-        z = (actions - self.net(observations, dropout).tanh()) / log_std.exp()
+        z = (actions - self.net(observations, dropout)[0].tanh()) / log_std.exp()
         return -(0.5 * z.square() + log_std + 0.5 * np.log(2 * np.pi)).sum(-1)
 
-    def act(self, observations, noise=0.0, dropout=0.0):
+    def act(self, observations: torch.Tensor, noise=0.0, dropout: float = 0.0) -> torch.Tensor:
         """Actions in [-1, 1], shape (batch, act_dim); noise: standard normal, or 0 for the mean."""
-        mean = self.net(observations, dropout)
+        mean = self.net(observations, dropout)[0]
         spread = self.log_std.clamp(self.log_std_min, 2.0).exp() * noise
         return (mean + spread).tanh() if self.squash else (mean.tanh() + spread).clamp(-1.0, 1.0)
 
@@ -311,10 +370,11 @@ class Agent(nn.Module):
         super().__init__()
         self.options = dict(obs_dim=obs_dim, act_dim=act_dim, hidden_dims=list(hidden_dims), **actor_options)
         self.actor = Actor(obs_dim, act_dim, hidden_dims, **actor_options)
-        self.critic, self.critic_target = (Critic(obs_dim, act_dim, hidden_dims) for _ in range(2))
+        self.critic = Critic(obs_dim, act_dim, hidden_dims)
+        self.critic_target = Critic(obs_dim, act_dim, hidden_dims)
         self.critic_target.load_state_dict(self.critic.state_dict())
         self.critic_target.requires_grad_(False)
-        self.value = MLP((obs_dim, *hidden_dims, 1))
+        self.value = Value(obs_dim, hidden_dims)
         self.to(device)
         self.value_optimizer = Adam(self.value.parameters(), learning_rate)
         self.critic_optimizer = Adam(self.critic.parameters(), learning_rate)
@@ -322,21 +382,21 @@ class Agent(nn.Module):
         self.optimizers = (self.value_optimizer, self.critic_optimizer, self.actor_optimizer)
 
     @torch.no_grad()
-    def act(self, obs, sample=False):
-        """One numpy observation to one numpy action in [-1, 1]: a sample, or the mean."""
-        device = self.actor.log_std.device
-        noise = torch.randn(len(self.actor.log_std), device=device) if sample else 0.0
-        return self.actor.act(torch.from_numpy(obs).to(device)[None], noise)[0].cpu().numpy()
+    def act(self, obs: np.ndarray, sample: bool = False) -> np.ndarray:
+        """Observations (..., obs_dim) to actions (..., act_dim) in [-1, 1], numpy: samples, or the means."""
+        log_std = self.actor.log_std
+        observations = torch.from_numpy(obs).to(log_std.device).view(-1, obs.shape[-1])
+        noise = torch.randn(len(observations), len(log_std), device=log_std.device) if sample else 0.0
+        return self.actor.act(observations, noise).view(*obs.shape[:-1], -1).cpu().numpy()
 
     @torch.no_grad()
-    def update_target(self, tau):
+    def update_target(self, tau: float) -> None:
         torch._foreach_lerp_(list(self.critic_target.parameters()), list(self.critic.parameters()), tau)
 
 
 # === end shared block: iql agent ===
 
 
-# === the expanded policy ===
 class PEXAgent(nn.Module):
     """The frozen policy of the offline phase, the learnt one, and Q and V, which go on from it; new optimisers."""
 
@@ -346,18 +406,19 @@ class PEXAgent(nn.Module):
                             inv_temperature=inv_temperature, epsilon=epsilon)
         self.actor, self.offline_actor = (Actor(obs_dim, act_dim, hidden_dims, log_std_min) for _ in range(2))
         self.critic, self.critic_target = (Critic(obs_dim, act_dim, hidden_dims) for _ in range(2))
-        self.value = MLP((obs_dim, *hidden_dims, 1))
+        self.value = Value(obs_dim, hidden_dims)
         self.offline_actor.requires_grad_(False)
         self.critic_target.requires_grad_(False)
-        self.inv_temperature, self.epsilon = inv_temperature, epsilon
+        self.inv_temperature = inv_temperature
+        self.epsilon = epsilon
         self.to(device)
         self.actor_optimizer = Adam(self.actor.parameters(), learning_rate)
         self.critic_optimizer = Adam(self.critic.parameters(), learning_rate)
         self.value_optimizer = Adam(self.value.parameters(), learning_rate)
         self.optimizers = (self.actor_optimizer, self.critic_optimizer, self.value_optimizer)
 
-    def take_over(self, offline):
-        """Policy, Q and V of the Agent of the offline phase."""
+    def take_over(self, offline: Agent) -> None:
+        """Policy, Q and V of the offline phase (choice 5)."""
         self.offline_actor.load_state_dict(offline.actor.state_dict())
         for name in ("critic", "critic_target", "value"):
             getattr(self, name).load_state_dict(getattr(offline, name).state_dict())
@@ -367,7 +428,7 @@ class PEXAgent(nn.Module):
         """Both policies' actions (2, batch, act_dim), the frozen one's first, not clipped, and their Q (2, batch).
         noise: standard normal (batch, act_dim) of the learnt policy, or 0 for its mean."""
         std = self.actor.log_std.clamp(self.actor.log_std_min, 2.0).exp()
-        learnt = self.actor.net(observations).tanh() + std * noise
+        learnt = self.actor.net(observations)[0].tanh() + std * noise
         actions = torch.stack([self.offline_actor.act(observations), learnt])
         return actions, torch.stack([self.critic(observations, a).amin(0) for a in actions])
 
@@ -377,25 +438,28 @@ class PEXAgent(nn.Module):
 
     @torch.no_grad()
     def compose(self, observations, noise, uniform):
-        """Actions (batch, act_dim) that the expanded policy draws, and whether they are the learnt policy's (batch,).
+        """Actions (batch, act_dim) that the composed policy draws, and whether they are the learnt policy's (batch,).
         uniform: draws in [0, 1), shape (batch,)."""
         actions, q = self.propose(observations, noise)
         from_learnt = uniform >= self.probabilities(q)[0]
         return torch.where(from_learnt[:, None], actions[1], actions[0]), from_learnt
 
     @torch.no_grad()
-    def act(self, obs, sample=False):
-        """One numpy observation to one numpy action in [-1, 1]: drawn from the expanded policy, or (sample=False) as
-        PEX evaluates it: the learnt policy's mean and the larger Q, but for two draws of probability epsilon."""
-        device = self.actor.log_std.device
-        noise = torch.randn(1, len(self.actor.log_std), device=device)
+    def act(self, obs: np.ndarray, sample: bool = False) -> np.ndarray:
+        """One observation to one action, numpy. sample: drawn from the composed policy and not clipped (choice 4).
+        Else as PEX evaluates, in [-1, 1]: the learnt policy's mean and the larger Q, but for two draws of probability
+        epsilon (choice 3)."""
+        log_std = self.actor.log_std
+        noise = torch.randn(1, len(log_std), device=log_std.device)
         uniform, first, second = torch.rand(3).tolist()
-        actions, q = self.propose(torch.from_numpy(obs).to(device)[None], noise * (sample or first < self.epsilon))
+        observations = torch.from_numpy(obs).to(log_std.device)[None]
+        actions, q = self.propose(observations, noise * (sample or first < self.epsilon))
         drawn = uniform >= self.probabilities(q)[0] if sample or second < self.epsilon else q[1] > q[0]
-        return actions[int(drawn), 0].clamp(-1.0, 1.0).cpu().numpy()
+        action = actions[int(drawn), 0]
+        return (action if sample else action.clamp(-1.0, 1.0)).cpu().numpy()
 
     @torch.no_grad()
-    def update_target(self, tau):
+    def update_target(self, tau: float) -> None:
         torch._foreach_lerp_(list(self.critic_target.parameters()), list(self.critic.parameters()), tau)
 
 
@@ -415,12 +479,12 @@ def iql_update(agent, batch, bonus=0.0, *, expectile, temperature, gamma, tau, d
     with torch.no_grad():
         q_target = agent.critic_target(observations, actions)
     # --- V: expectile regression toward the (bounded) target Q ---
-    v = agent.value(observations).squeeze(-1)
+    v = agent.value(observations)
     value_loss = expectile_loss(q_target.clamp(q_min, q_max).amin(0) - v, expectile)
     agent.value_optimizer.minimize(value_loss)
     # --- Target: the new V; masks is 0 only at true terminals. The bonus comes after the clip (official code) ---
     with torch.no_grad():
-        next_v, v = agent.value(torch.cat([batch["next_observations"], observations])).squeeze(-1).chunk(2)
+        next_v, v = agent.value(torch.cat([batch["next_observations"], observations])).chunk(2)
         target = (batch["rewards"] + gamma * batch["masks"] * next_v).clamp(q_min, q_max) + bonus
     # --- Q: mean over the ensemble and the batch ---
     q = agent.critic(observations, actions)
@@ -428,31 +492,31 @@ def iql_update(agent, batch, bonus=0.0, *, expectile, temperature, gamma, tau, d
     agent.critic_optimizer.minimize(critic_loss)
     # --- Policy: advantage-weighted regression (eq. 3); the advantage is not clipped to the bounds ---
     advantage = q_target.amin(0) - v
-    weight = (temperature * advantage).exp().clamp(max=100.0)
+    weight = (temperature * advantage).exp().clamp(max=100.0)  # choice 1
     actor_loss = -(weight * agent.actor.log_prob(observations, actions, dropout)).mean()
     agent.actor_optimizer.minimize(actor_loss)
     agent.update_target(tau)
     return {"losses/value": value_loss.detach(), "losses/critic": critic_loss.detach(),
             "losses/actor": actor_loss.detach(), "losses/q_mean": q.detach().mean(), "losses/v_mean": v.mean(),
+            "losses/q_magnitude": q.detach().abs().mean(), "losses/v_magnitude": v.abs().mean(),
             "losses/advantage_mean": advantage.mean()}
 
 
 # === end shared block: iql update ===
 
 
-# === pex update ===
 def pex_update(agent, batch, *, expectile, temperature, gamma, tau, q_min=-np.inf, q_max=np.inf, noise=None,
                uniform=None):
-    """One online update of PEX: V and Q as in IQL, then the learnt policy on the actions that the expanded one draws.
+    """One online update of PEX: V and Q as in IQL, then the learnt policy on the actions that the composed one draws.
     noise: standard normal (batch, act_dim), uniform: draws in [0, 1), shape (batch,), None draws them. Returns detached
     scalars; pex/learnt_share is the share of those actions that are the learnt policy's."""
     observations, actions = batch["observations"], batch["actions"]
     with torch.no_grad():
         q_target = agent.critic_target(observations, actions).clamp(q_min, q_max).amin(0)
-        next_v = agent.value(batch["next_observations"]).squeeze(-1)  # before V's step, as in PEX's code
+        next_v = agent.value(batch["next_observations"])  # before V's step: choice 2
         target = (batch["rewards"] + gamma * batch["masks"] * next_v).clamp(q_min, q_max)
     # --- V: expectile regression; Q: mean over the ensemble and the batch ---
-    value_loss = expectile_loss(q_target - agent.value(observations).squeeze(-1), expectile)
+    value_loss = expectile_loss(q_target - agent.value(observations), expectile)
     q = agent.critic(observations, actions)
     critic_loss = (q - target).square().mean()
     agent.value_optimizer.minimize(value_loss)
@@ -463,13 +527,14 @@ def pex_update(agent, batch, *, expectile, temperature, gamma, tau, q_min=-np.in
     uniform = torch.rand(len(actions), device=actions.device) if uniform is None else uniform
     composed, from_learnt = agent.compose(observations, noise, uniform)
     with torch.no_grad():
-        v = agent.value(observations).squeeze(-1)
-        advantage = agent.critic_target(observations, composed).amin(0) - v
-        weight = (temperature * advantage).exp().clamp(max=100.0)
+        v = agent.value(observations)
+        advantage = agent.critic_target(observations, composed).amin(0) - v  # of what was proposed: choice 4
+        weight = (temperature * advantage).exp().clamp(max=100.0)  # choice 1
     actor_loss = -(weight * agent.actor.log_prob(observations, composed)).mean()
     agent.actor_optimizer.minimize(actor_loss)
     return {"losses/value": value_loss.detach(), "losses/critic": critic_loss.detach(),
             "losses/actor": actor_loss.detach(), "losses/q_mean": q.detach().mean(), "losses/v_mean": v.mean(),
+            "losses/q_magnitude": q.detach().abs().mean(), "losses/v_magnitude": v.abs().mean(),
             "losses/advantage_mean": advantage.mean(), "pex/learnt_share": from_learnt.float().mean()}
 
 
@@ -477,12 +542,14 @@ def make_update(args, buffer, agent):
     """update(rows) -> losses: one gradient step of IQL, or of PEX, on raw buffer rows (batch, width)."""
     low, high = args.q_reward_bounds or (-np.inf, np.inf)
     options = dict(expectile=args.expectile, temperature=args.temperature, gamma=args.gamma, tau=args.tau,
-                   q_min=low / (1 - args.gamma), q_max=high / (1 - args.gamma))
+                   q_min=low / (1 - args.gamma), q_max=high / (1 - args.gamma))  # choice 6
 
     def update(rows):
         batch = buffer.split(rows)
         raw = batch["rewards"]
-        batch["masks"] = 1.0 - batch["terminations"] if args.mask_reward is None else (raw != args.mask_reward).float()
+        batch["masks"] = 1.0 - batch["terminations"]
+        if args.mask_reward is not None:
+            batch["masks"] = batch["masks"] * (raw != args.mask_reward)  # choice 8
         batch["rewards"] = (raw + args.reward_bias) * args.reward_scale
         if isinstance(agent, PEXAgent):
             return pex_update(agent, batch, **options)
@@ -496,25 +563,26 @@ def pretrain(run, buffer, agent, eval_env):
     """Offline phase: IQL on D_off."""
     args, p, last = run.args, run.progress, run.args.offline_steps
     update = make_update(args, buffer, agent)
+    ceiling = value_ceiling(args, buffer)
     for step in progress_bar("pretrain", p["grad_step"], last):
         if step == 0:
             evaluate_and_log(run, eval_env, agent, "pretrain", 0, 0)
         run.seed("pretrain", step)
         losses = update(buffer.sample(args.batch_size, buffer.offline_size))
         p["grad_step"] = step = step + 1
-        if due(step, args.log_every, last):
-            run.log_losses("pretrain", 0, step, losses)
-        if due(step, args.eval_every, last):
+        if at_interval(step, args.log_every, last):
+            run.log_losses("policy", "pretrain", 0, step, losses, ceiling)
+        if at_interval(step, args.eval_every, last):
             evaluate_and_log(run, eval_env, agent, "pretrain", 0, step)
         if step == last:
             save_policy(run, agent, "pretrained.pt")
-        if due(step, args.checkpoint_every, last) or run.signal:
+        if at_interval(step, args.checkpoint_every, last) or run.signal:
             run.checkpoint(offline=agent)
 
 
 def train(run, buffer, agent, env, eval_env):
-    """Online phase: act with the expanded policy, store, and one update a step on half offline, half online data. At
-    --save-at and at the end the policy is saved and scored."""
+    """Online phase: act with the composed policy, store, and one update a step on half offline, half online data. At
+    --save-at and after the last step the policy is saved and scored."""
     args, p, saved = run.args, run.progress, run.progress["env_step"]
     update = make_update(args, buffer, agent)
     online_share = args.batch_size - round(args.batch_size * args.offline_ratio)
@@ -523,191 +591,252 @@ def train(run, buffer, agent, env, eval_env):
         evaluate_and_log(run, eval_env, agent, "online", 0, p["grad_step"])
     bar = progress_bar("online", p["env_step"], args.online_steps)
     while p["env_step"] < args.online_steps:
-        obs, _ = env.reset(seed=derive_seed(args.seed, "training episode", p["episode"]))
+        obs, info = env.reset(seed=derive_seed(args.seed, "training episode", p["episode"]))
         episode, done = {"return": 0.0, "length": 0, "success": False}, False
+        if "start_distance" in info:
+            episode["start_distance"] = info["start_distance"]
         while not done and p["env_step"] < args.online_steps:
             run.seed("online", p["env_step"])
             action = agent.act(obs, sample=True)
-            next_obs, reward, terminated, truncated, info = env.step(action)
-            run.append("replay.bin", buffer.add(
-                observations=obs, actions=action, rewards=reward, next_observations=next_obs,
-                terminations=terminated, episodes=buffer.offline_episodes + p["episode"]))
+            next_obs, reward, terminated, truncated, info = env.step(action.clip(-1, 1))  # choice 4
+            buffer.add(observations=obs, actions=action, rewards=reward, next_observations=next_obs,
+                       terminations=terminated, episodes=buffer.offline_episodes + p["episode"])
             obs, done = next_obs, terminated or truncated
-            episode = {"return": episode["return"] + reward, "length": episode["length"] + 1,
-                       "success": episode["success"] or info["success"]}
+            episode["return"] += reward
+            episode["length"] += 1
+            episode["success"] |= info["success"]
             p["env_step"] = t = p["env_step"] + 1
             bar.update()
             if t > args.learning_starts:
                 losses = update(buffer.sample(args.batch_size, buffer.offline_size, online_rows[:t], online_share))
-                p["grad_step"] += 1
+                p["grad_step"] += 1  # the batch: choice 7
                 if t % args.log_every == 0:
-                    run.log_losses("online", t, p["grad_step"], losses)
-            wanted = t in args.save_at or t == args.online_steps
-            if t % args.eval_every == 0 or wanted:
-                summary = evaluate_and_log(run, eval_env, agent, "online", t, p["grad_step"])
-            if wanted:
-                p["scores"][f"policy {t}"] = summary
+                    run.log_losses("policy", "online", t, p["grad_step"], losses, value_ceiling(args, buffer))
+            if at_interval(t, args.eval_every, args.online_steps) or t in args.save_at:
+                evaluate_and_log(run, eval_env, agent, "online", t, p["grad_step"])
+            if t in args.save_at or t == args.online_steps:
+                final_evaluation(run, eval_env, agent, f"policy {t}")
                 save_policy(run, agent, f"policy_{t}.pt")
         p["episode"] += 1
         run.log("metrics.jsonl", "online", p["env_step"], p["grad_step"],
                 **{f"charts/episodic_{key}": value for key, value in episode.items()})
         if p["env_step"] == args.online_steps or p["env_step"] - saved >= args.checkpoint_every or run.signal:
+            run.write("replay.bin", buffer.rows_since(saved))
             run.checkpoint(agent=agent)
             saved = p["env_step"]
     bar.close()
 
 
+def value_ceiling(args, buffer):
+    """What no true |Q| or |V| exceeds: the largest |reward| of the data / (1 - gamma)."""
+    rewards = (buffer.first(buffer.size)["rewards"] + args.reward_bias) * args.reward_scale
+    return rewards.abs().max().item() / (1 - args.gamma)
+
+
 SOURCES = ("iql_ooo", "pex")
-SAME_AS_SOURCE = ("env_id", "intrinsic_reward_scale", "hidden_dims", "gamma", "expectile", "temperature", "log_std_min",
-                  "q_reward_bounds", "reward_scale", "reward_bias", "mask_reward")  # for Q and pi_beta to mean the same
+# All that an offline phase depends on, but for the seed and the data, whose SHA-256 is compared.
+SAME_AS_SOURCE = ("env_id", "intrinsic_reward_scale", "offline_steps", "batch_size", "learning_rate", "gamma", "tau",
+                  "hidden_dims", "expectile", "temperature", "dropout", "log_std_min", "q_reward_bounds",
+                  "reward_scale", "reward_bias", "mask_reward")
 
 
-def read_source(args):
-    """config.json of --init-from; exit 2 if its pretraining was not the offline phase of this run."""
-    config = read_config(args.init_from, SOURCES)
-    was, now = ({"intrinsic_reward_scale": 0.0} | each for each in (config["args"], asdict(args)))
-    if missing := {"seed", "offline_steps", *SAME_AS_SOURCE} - was.keys():
-        fail(f"--init-from {args.init_from}: its config.json has no {' '.join(sorted(missing))}; give another run")
+def read_source(run):
+    """--init-from: the networks after the source's offline phase, which must be that of this run: exit 2 for other
+    settings, and for another source than the one that the run was started with."""
+    source = Path(run.args.init_from)
+    config = read_config(source, SOURCES)
+    if run.config and run.source_id != config["run_id"]:
+        fail(f"{source} is not the run whose offline phase {run.path} was started with; give that one, or none")
+    was, now = ({"intrinsic_reward_scale": 0.0} | json.loads(json.dumps(each))
+                for each in (config["args"], asdict(run.args)))
+    if missing := {"seed", *SAME_AS_SOURCE} - was.keys():
+        fail(f"--init-from {source}: its config.json has no {' '.join(sorted(missing))}; give another run")
     if changed := [name for name in SAME_AS_SOURCE if was[name] != now[name]]:
         values = ", ".join(f"--{name.replace('_', '-')} was {was[name]}, here it is {now[name]}" for name in changed)
-        fail(f"--init-from {args.init_from} was pretrained with other settings: {values}; make them the same")
-    return config
+        fail(f"--init-from {source} was pretrained with other settings: {values}; make them the same")
+    run.source_id = config["run_id"]
+    run.progress["grad_step"] = max(run.progress["grad_step"], run.args.offline_steps)
+    run.data_seed, run.data_sha256 = config["args"]["seed"], config["dataset"]["sha256"]
+    return load_torch(source / "pretrained.pt", run.device, run.source_id, SOURCES)["agent"]
 
 
 def main(args):
     if args.eval_only:
-        return evaluate_saved(args, "policy")
+        return evaluate_saved(args, ("policy",))
     # Build, and go back to the last checkpoint; nothing is written before all of it has worked.
-    source = read_source(args) if args.init_from else None
-    run = Run(args, grad_step=source["args"]["offline_steps"] if source else 0, env_step=0, episode=0, scores={})
-    if source:
-        run.data_seed, run.data_sha256 = source["args"]["seed"], source["dataset"]["sha256"]
+    run = Run(args, grad_step=0, env_step=0, episode=0, scores={}, diverged={})
+    if run.finished:
+        return report(run)
+    source = None
+    if run.config:
+        run.data_seed = run.config["dataset"]["seed"]
+    if args.init_from and not (run.source_id and run.models and not Path(args.init_from).exists()):
+        source = read_source(run)
+    elif run.source_id and not run.models:
+        fail(f"{run.path} ended before it had taken over its source's networks; give --init-from again")
     env, eval_env = make_env(args.env_id), make_env(args.env_id)
     data, dataset = load_dataset(args, env, run.data_seed)
+    dataset["seed"] = run.data_seed  # of --data-subset
     buffer = ReplayBuffer(data, args.online_steps, run.device)
-    buffer.extend(run.read_replay(buffer.width))
+    buffer.load(*run.saved_replay())
     run.seed("networks")
     dims = (buffer.obs_dim, buffer.act_dim, args.hidden_dims, args.learning_rate, run.device)
     offline = Agent(*dims, log_std_min=args.log_std_min)
     agent = PEXAgent(*dims, args.log_std_min, args.inv_temperature, args.epsilon)
     if source:
-        offline.load_state_dict(load_torch(Path(args.init_from) / "pretrained.pt", run.device, SOURCES)["agent"])
+        offline.load_state_dict(source)
     run.restore(offline=offline, agent=agent)
     run.begin(dataset, buffer.columns)
+    if source and run.progress["env_step"] == 0:
+        run.checkpoint(offline=offline)  # from now on the source is not needed
 
-    if not source:
-        pretrain(run, buffer, offline, eval_env)
+    pretrain(run, buffer, offline, eval_env)
     if run.progress["env_step"] == 0:
         agent.take_over(offline)
     train(run, buffer, agent, env, eval_env)
-    return report(run, ("policy",))
+    return report(run)
 
 
 def save_policy(run, agent, name):
-    """A policy that load_policy (and nothing else) needs. No observations are normalised; actions are the
-    environment's, in [-1, 1]. All networks: for --init-from and those who analyse the values."""
-    save_torch(run.path / name, {"script": SCRIPT, "env_id": run.args.env_id, "options": agent.options,
-                                 "observation_normalization": None, "agent": agent.state_dict()})
+    """A policy that load_policy (and nothing else) needs. No observations are normalised; actions are make_env's, in
+    [-1, 1]. All networks: for --init-from and those who analyse the values."""
+    save_torch(run.path / name, {"script": SCRIPT, "run_id": run.id, "env_id": run.args.env_id,
+                                 "options": agent.options, "observation_normalization": None,
+                                 "agent": agent.state_dict()})
 
 
-def load_policy(path):
+def load_policy(path: str | Path) -> Agent | PEXAgent:
     """The agent of a file of save_policy, on the CPU; agent.act(obs) is its action in evaluation, numpy to numpy."""
-    content = load_torch(path, torch.device("cpu"))
+    content = load_torch(Path(path), torch.device("cpu"))
     kind = PEXAgent if "epsilon" in content["options"] else Agent
     agent = kind(**content["options"], learning_rate=0.0, device=torch.device("cpu"))
     agent.load_state_dict(content["agent"])
     return agent
 
 
-# Below is plumbing: command line, evaluation, replay, environments, dataset, run directory. Nothing of the method.
+# Below is plumbing: evaluation, replay, environments, data, command line, run directory. Nothing of the method.
+# It needs from above: SCRIPT, TASKS, Args, BUDGETS, COMPILE_PAYS, count_updates, invalid_combinations, load_policy.
+# For a new algorithm, edit what is above and leave this part as it is; a new task is a row of TASKS
+# (docs/extending.md).
 
 
-# === shared block: tasks and data ===
-# --- evaluation ---
-def evaluate(env, agent, episodes, seed, frames=None):
+# === evaluation ===
+# === shared block: evaluation ===
+def evaluate(env, agent, episodes: int, seed: int, frames: list | None = None) -> tuple[list[dict], dict]:
     """Episodes of agent.act(obs): a list of dicts, and their means under the names of the metrics. The score is the
     paper's: success, kitchen tasks / 4, or D4RL's score, x 100. Start states and draws depend on the seed alone."""
     key, low, high = env.task.score
     results = []
     for i in range(episodes):
         seed_torch(derive_seed(seed, "evaluation policy", i))
-        obs, _ = env.reset(seed=derive_seed(seed, "evaluation", i))
-        episode, done = {"return": 0.0, "length": 0, "success": False, "max_reward": -float("inf")}, False
+        obs, info = env.reset(seed=derive_seed(seed, "evaluation", i))
+        start = {"start_distance": info["start_distance"]} if "start_distance" in info else {}
+        rewards, success, done = [], False, False
         while not done:
             if frames is not None:
                 frames.append(env.render())
             obs, reward, terminated, truncated, info = env.step(agent.act(obs))
+            rewards.append(reward)
+            success |= info["success"]
             done = terminated or truncated
-            episode["return"] += reward
-            episode["length"] += 1
-            episode["success"] |= info["success"]
-            episode["max_reward"] = max(episode["max_reward"], reward)
-        results.append(episode)
+        results.append({"return": sum(rewards), "length": len(rewards), "success": success, "max_reward": max(rewards),
+                        **start})
     mean = {name: float(np.mean([episode[name] for episode in results])) for name in ("return", "success", key)}
-    return results, {"eval/return": mean["return"], "eval/success_rate": mean["success"],
-                     "eval/normalized_score": 100 * (mean[key] - low) / (high - low), "eval/episodes": episodes}
+    summary = {"eval/return": mean["return"], "eval/success_rate": mean["success"],
+               "eval/normalized_score": 100 * (mean[key] - low) / (high - low), "eval/episodes": episodes}
+    if far := [episode["success"] for episode in results if episode.get("start_distance", 0) > env.task.far]:
+        summary["eval/far_success_rate"] = float(np.mean(far))
+    return results, summary
 
 
 def evaluate_and_log(run, env, agent, phase, env_step, grad_step):
-    """Evaluate without sampling; means go to metrics.jsonl, every episode to evals.jsonl. Returns the means."""
-    start = time.perf_counter()
+    """A point of the curves: means go to metrics.jsonl, every episode to evals.jsonl."""
     episodes, summary = evaluate(env, agent, run.args.eval_episodes, run.args.seed)
     run.log("metrics.jsonl", phase, env_step, grad_step, **summary)
     run.log("evals.jsonl", phase, env_step, grad_step, episodes=episodes)
-    run.clock += time.perf_counter() - start  # evaluation is not training time
-    return summary
 
 
-def evaluate_saved(args, kind):
-    """--eval-only: the run's last policy `kind`_T.pt on start states that training never saw; --video records some."""
+def final_evaluation(run, env, agent, name):
+    """What the tables show of a policy: its episodes on start states that no curve and no --eval-only uses."""
+    episodes, summary = evaluate(env, agent, run.args.final_episodes, derive_seed(run.args.seed, "final"))
+    run.progress["scores"][name] = summary | {"per_episode": episodes}
+
+
+def evaluate_saved(args, kinds):
+    """--eval-only: the last policy of the first of `kinds` that the run has, on start states of its own; --video
+    records some. Where nothing can be written or rendered the score is printed all the same."""
     folder = Path(args.eval_only)
-    times = [int(match[1]) for path in folder.iterdir() if (match := re.fullmatch(rf"{kind}_(\d+)\.pt", path.name))]
-    if not times:
-        fail(f"{folder} has no policy {kind}_*.pt yet; finish the run first (--resume)")
-    setup_torch(replace(args, compile="off"))
-    path, seed = folder / f"{kind}_{max(times)}.pt", derive_seed(args.seed, "eval-only")
-    agent = load_policy(path)
-    if args.video:
-        import imageio
-
-        try:
-            env, frames = make_env(args.env_id, "rgb_array"), []
-            evaluate(env, agent, min(3, args.eval_episodes), seed, frames)
-        except Exception as error:  # GL back ends fail in many ways
-            fail(f"cannot render ({error}); set MUJOCO_GL=egl, or MUJOCO_GL=osmesa with libosmesa6 installed")
-        temporary = path.with_suffix(".tmp.mp4")
-        imageio.mimwrite(temporary, frames, fps=env.metadata.get("render_fps", 30), macro_block_size=2)
-        os.replace(temporary, path.with_suffix(".mp4"))
-        print(f"video: {path.with_suffix('.mp4')} ({len(frames)} frames)")
+    found = [(kind, int(path.stem.split("_")[1])) for kind in kinds for path in folder.glob(f"{kind}_*.pt")]
+    if not found:
+        fail(f"{folder} has no policy {kinds[0]}_*.pt yet; finish the run first (--resume)")
+    kind = found[0][0]
+    path = folder / f"{kind}_{max(t for name, t in found if name == kind)}.pt"
+    agent, seed, failed = load_policy(path), derive_seed(args.seed, "eval-only"), ""
+    torch.set_num_threads(args.torch_threads)
+    try:
+        if args.video:  # first: without a picture make_env sets MUJOCO_GL aside
+            record_video(args, agent, seed, path.with_suffix(".mp4"))
+    except Exception as error:  # GL back ends fail in many ways
+        failed = f"no video ({type(error).__name__}: {error}): set MUJOCO_GL=egl, or osmesa with libosmesa6 installed"
     episodes, summary = evaluate(make_env(args.env_id), agent, args.eval_episodes, seed)
-    result = {"policy": path.name, **summary, "per_episode": episodes}
-    atomic_write(path.with_name(f"{path.stem}_eval.json"), json.dumps(result, indent=1).encode())
-    print("  ".join(f"{key} {value:.4g}" for key, value in summary.items()))
+    print(f"{path.name}: " + "  ".join(f"{key} {value:.4g}" for key, value in summary.items()))
+    try:
+        write_json(folder / f"{path.stem}_eval.json", {"policy": path.name, **summary, "per_episode": episodes})
+    except OSError as error:
+        failed = f"the score is above, but was not saved ({error})"
+    if failed:
+        fail(failed, 1)
     return summary
 
 
-def report(run, policies):
-    """The table of the policies' scores {"policy env_step": means of evaluate}, also in results.json."""
-    scores = run.progress["scores"]
-    rows = [{"env_step": t, **{name: scores.get(f"{name} {t}") for name in policies}}
-            for t in sorted({int(name.split()[1]) for name in scores})]
-    atomic_write(run.path / "results.json", json.dumps({"env_id": run.args.env_id, "rows": rows}, indent=1).encode())
-    print(f"\n{run.args.env_id}, seed {run.args.seed}, {run.args.eval_episodes} episodes: score (success rate)")
-    print(f"{'env step':>10}" + "".join(f"{name:>20}" for name in policies))
-    for row in rows:
+def record_video(args, agent, seed, path):
+    import imageio
+
+    frames = []
+    env = make_env(args.env_id, "rgb_array")
+    evaluate(env, agent, 3, seed, frames)
+    imageio.mimwrite(path, frames, fps=env.metadata.get("render_fps", 30), macro_block_size=2)
+    print(f"video: {path} ({len(frames)} frames)")
+
+
+def report(run):
+    """Write results.json, unless the run was finished before, and print the table of the final evaluations."""
+    path = run.path / "results.json"
+    if not run.finished:
+        scores = run.progress["scores"]
+        policies = sorted({name.split()[0] for name in scores}, reverse=True)  # exploration, exploitation
+        rows = [{"env_step": t, **{policy: scores.get(f"{policy} {t}") for policy in policies}}
+                for t in sorted({int(name.split()[1]) for name in scores})]
+        records = map(json.loads, (run.path / "metrics.jsonl").read_text().splitlines())
+        training = [{k.removeprefix("charts/episodic_"): r[k] for k in r if k == "env_step" or "episodic" in k}
+                    for r in records if "charts/episodic_return" in r]
+        write_json(path, {"script": SCRIPT, "env_id": run.args.env_id, "exp_name": run.args.exp_name,
+                          "seed": run.args.seed, "run_id": run.id, "source_run_id": run.source_id, "rows": rows,
+                          "training_episodes": training, "diverged": run.progress["diverged"]})
+    results = json.loads(path.read_text())
+    policies = [name for name in results["rows"][0] if name != "env_step"] if results["rows"] else []
+    print(f"\n{run.args.env_id}, seed {run.args.seed}, {run.args.final_episodes} episodes: score (success rate)")
+    print(f"{'env step':>10}" + "".join(f"{policy:>20}" for policy in policies))
+    for row in results["rows"]:
         cells = [f"{s['eval/normalized_score']:.1f} ({s['eval/success_rate']:.1%})" if s else "-"
-                 for s in (row[name] for name in policies)]
+                 for s in (row[policy] for policy in policies)]
         print(f"{row['env_step']:>10}" + "".join(f"{cell:>20}" for cell in cells))
+    for policy, where in results["diverged"].items():
+        print(f"{policy} has diverged: {where}")
     print(f"saved in {run.path}")
-    return rows
+    return results["rows"]
 
 
-# --- replay buffer ---
+# === end shared block: evaluation ===
+
+
+# === replay buffer ===
+# === shared block: replay buffer ===
 class ReplayBuffer:
-    """Append-only transitions on the training device, as they came (raw rewards). One row holds all columns side by
-    side, so that a batch is a single gather and an online step a single copy; no call waits for the device."""
+    """Append-only transitions on the training device, as they came (raw rewards; choice 7 of iql_ooo.py). One row holds
+    all columns side by side, so that a batch is a single gather and an online step a single copy."""
 
-    def __init__(self, data, online_steps, device):
+    def __init__(self, data: dict[str, np.ndarray], online_steps: int, device: torch.device):
         """data: {column: float32 array (n, ...)}, the offline data; room for online_steps more rows."""
         self.columns, self.width = {}, 0
         for name, value in data.items():
@@ -715,36 +844,25 @@ class ReplayBuffer:
             self.columns[name] = slice(self.width, self.width + size) if value.ndim > 1 else self.width
             self.width += size
         self.obs_dim, self.act_dim = data["observations"].shape[1], data["actions"].shape[1]
-        self.offline_size, self.offline_episodes = len(data["rewards"]), int(data["episodes"].max(initial=-1)) + 1
-        self.size, self.row = self.offline_size, np.empty(self.width, np.float32)
-        capacity = self.offline_size + online_steps
-        need = capacity * self.width * 4
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-        if need > 0.95 * free:
-            fail(f"the replay buffer needs {need / 2**30:.2f} GiB for {capacity} transitions, {device} has "
-                 f"{free / 2**30:.2f} GiB free; lower --online-steps or --data-subset, or use another device")
-        self.data = torch.empty((capacity, self.width), device=device)
+        self.offline_size = self.size = len(data["rewards"])
+        self.offline_episodes = int(data["episodes"].max(initial=-1)) + 1
+        self.data = torch.empty((self.offline_size + online_steps, self.width), device=device)
         for name, column in self.columns.items():
             self.data[: self.size, column] = torch.as_tensor(data[name]).to(device)
 
-    def extend(self, rows):
-        """Append rows (n, width)."""
-        self.data[self.size : self.size + len(rows)] = torch.as_tensor(rows).to(self.data.device)
-        self.size += len(rows)
-
     def add(self, **transition):
-        """Append one transition; returns its row as bytes."""
+        row = np.empty(self.width, np.float32)
         for name, column in self.columns.items():
-            self.row[column] = transition[name]
-        self.extend(self.row[None])
-        return self.row.tobytes()
+            row[column] = transition[name]
+        self.data[self.size] = torch.from_numpy(row)
+        self.size += 1
 
-    def sample(self, batch_size, first=None, high=(), extra=0):
+    def sample(self, batch_size, first=None, high_rows=(), extra=0):
         """Rows (batch_size, width) drawn uniformly from the first `first` transitions (None: all), `extra` of them from
-        the indices `high` instead."""
+        the indices `high_rows` instead."""
         rows = torch.randint(first or self.size, (batch_size - extra,), device=self.data.device)
         if extra:
-            rows = torch.cat([rows, high[torch.randint(len(high), (extra,), device=self.data.device)]])
+            rows = torch.cat([rows, high_rows[torch.randint(len(high_rows), (extra,), device=self.data.device)]])
         return self.data.index_select(0, rows)
 
     def split(self, rows):
@@ -758,10 +876,37 @@ class ReplayBuffer:
         """The last n online transitions, or as many as there are."""
         return self.split(self.data[max(self.offline_size, self.size - n) : self.size])
 
+    def rows_since(self, env_step):
+        """The online rows from env_step on, as the bytes of replay.bin."""
+        return self.data[self.offline_size + env_step : self.size].cpu().numpy().tobytes()
 
-# --- environments and datasets ---
+    def load(self, path, size, checksum, count):
+        """Append the first `count` of the rows in the first `size` bytes of a replay.bin, part by part; exit 2 unless
+        these bytes are those that were written."""
+        end, found, part = self.size + count, 0, self.width * 4 * 4096
+        with open(path, "rb") if size else io.BytesIO() as file:
+            while chunk := file.read(min(part, size)):
+                size -= len(chunk)
+                found = zlib.crc32(chunk, found)
+                if self.size < end and len(chunk) % (4 * self.width) == 0:
+                    rows = torch.frombuffer(bytearray(chunk), dtype=torch.float32).view(-1, self.width)
+                    rows = rows[: end - self.size]
+                    self.data[self.size : self.size + len(rows)] = rows
+                    self.size += len(rows)
+        if size or found != checksum or self.size != end:
+            fail(f"{path} is not as it was written (its checksum differs); restore it, or start the run again")
+
+
+# === end shared block: replay buffer ===
+
+
+# === environments ===
+# === shared block: environments ===
 GOAL_RADIUS = 0.5  # D4RL's in both mazes; gymnasium-robotics uses 0.45
 ANTMAZE_DATA_GOAL_OFFSET = (0.75, -0.75)  # mean of the goals drawn by TaskEnv.reset
+# Families whose episodes end at the horizon alone, whatever the package or a file says. Antmaze ends at the goal, any
+# other family where its environment does.
+ENDLESS = ("pen", "door", "relocate", "hammer", "kitchen", "maze2d")
 
 
 def flatten_observation(task, obs):
@@ -772,52 +917,53 @@ def flatten_observation(task, obs):
         obs = np.concatenate([obs["achieved_goal"], obs["observation"][..., :27]], axis=-1)
     elif task.family == "maze2d":
         obs = obs["observation"]
-    elif task.family == "ant":  # x, qpos[2:], qvel: without y; the contact forces were all 0 in the paper's MuJoCo
-        obs = np.delete(obs, 1, axis=-1)
-    return np.asarray(obs).astype(np.float32, casting="same_kind", copy=False)
+    return np.asarray(obs).astype(np.float32, casting="same_kind", copy=False)  # text and complex numbers are refused
 
 
 def task_reward(task, next_obs, reward, goal=None):
-    """(reward, success) of the paper's task for transitions into next_obs (..., obs_dim), reward as the package gives
-    it (...). Kitchen's reward must already count tasks, sparse locomotion's be metres of x beyond the goal (the cheetah
-    does not observe x). Formulas: D4RL, mj_envs and the official code."""
+    """(reward, success) of the task for transitions into next_obs (..., obs_dim), reward as the package gives it (...);
+    kitchen's must already count tasks. Formulas: D4RL, mj_envs and the official code."""
     o = next_obs
+    if task.family == "kitchen":
+        return reward, reward == 4
+    if task.family == "hammer":
+        # gymnasium-robotics 1.2.1 to 1.4.2 add 0.1 |palm - hammer|, D4RL subtracts it. Only success pays +100.
+        reward = reward - 0.2 * np.linalg.norm(o[..., 33:36] - o[..., 36:39], axis=-1)
+        return reward, reward > 50
+    if task.family in ("maze2d", "antmaze"):
+        success = np.linalg.norm(o[..., :2] - np.asarray(goal), axis=-1) <= GOAL_RADIUS
+        return np.float64(success), success
     if task.family == "pen":
         success = (np.linalg.norm(o[..., 39:42], axis=-1) < 0.075) & ((o[..., 33:36] * o[..., 36:39]).sum(-1) > 0.95)
     elif task.family == "door":
         success = o[..., 28] >= 1.35
     elif task.family == "relocate":
         success = np.linalg.norm(o[..., 36:39], axis=-1) < 0.1
-    elif task.family == "kitchen":
-        return reward, reward == 4
-    elif task.family == "hammer":
-        # gymnasium-robotics 1.2.1 to 1.4.2 add 0.1 |palm - hammer|, D4RL subtracts it. Only success pays +100.
-        reward = reward - 0.2 * np.linalg.norm(o[..., 33:36] - o[..., 36:39], axis=-1)
-        return reward, reward > 50
-    else:
-        locomotion = task.family in ("ant", "halfcheetah")
-        success = reward > 0 if locomotion else np.linalg.norm(o[..., :2] - np.asarray(goal), axis=-1) <= GOAL_RADIUS
-        return np.float64(success), success
+    else:  # one's own: the environment's reward; its success is known online only
+        return reward, np.zeros(np.shape(reward), bool)
     return success - 1.0, success
 
 
 class TaskEnv(gym.Wrapper):
-    """The paper's task: D4RL's observation, reward, termination (antmaze only, at the goal) and start states.
-    Every reset(seed=...) depends on the seed alone. info["success"] is the success of this step."""
+    """The task: D4RL's observation, reward, termination and start states; actions in [-1, 1]. Every reset(seed=...)
+    depends on the seed alone. info["success"]: of this step; info["start_distance"] at a reset in a maze: cells on the
+    shortest path from the start to the goal."""
 
-    def __init__(self, env, task):
+    def __init__(self, env: gym.Env, task: Task):
         super().__init__(env)
         self.task, self.rng, self.goal, self.center = task, np.random.default_rng(0), None, None
         obs = flatten_observation(task, env.observation_space.sample())
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, obs.shape, np.float32)
         if task.goal_cell:
             self.center = env.unwrapped.maze.cell_rowcol_to_xy(np.array(task.goal_cell))
+            self.distances = cell_distances(env.unwrapped.maze.maze_map, task.goal_cell)
         if task.family == "antmaze":  # D4RL's noise: +-0.1 on position and joints, N(0, 0.1^2) on velocities
             env.unwrapped.position_noise_range, env.unwrapped.ant_env._reset_noise_scale = 0.0, 0.1
         elif task.family == "maze2d":
             env.unwrapped.position_noise_range = 0.1
 
     def reset(self, *, seed=None, options=None):
+        info = {"success": False}
         if seed is not None:
             self.rng = np.random.default_rng(seed)
         if self.task.goal_cell:
@@ -826,126 +972,127 @@ class TaskEnv(gym.Wrapper):
                 offset = self.rng.uniform(0, 1, 2) + self.rng.uniform(0, 0.5, 2)
                 self.goal = self.center + offset * (1, -1)
             else:  # any free cell, the goal's included
-                free = np.argwhere(self.free_cells())
+                free = sorted(self.distances)
                 start = free[self.rng.integers(len(free))]
+            info["start_distance"] = self.distances[start]
             options = {"goal_cell": np.array(self.task.goal_cell), "reset_cell": np.array(start)}
         obs, _ = self.env.reset(seed=seed, options=options)
         if self.task.family == "maze2d":
             point = self.unwrapped.point_env
             point.set_state(point.data.qpos.copy(), 0.1 * self.rng.standard_normal(2))
             obs = {**obs, "observation": np.concatenate([point.data.qpos, point.data.qvel])}
-        return flatten_observation(self.task, obs), {"success": False}
+        return flatten_observation(self.task, obs), info
 
     def step(self, action):
-        obs, reward, _, truncated, info = self.env.step(action)
+        family = self.task.family
+        obs, reward, terminated, truncated, info = self.env.step(action)
         obs = flatten_observation(self.task, obs)
-        if self.task.family == "kitchen":
+        if family == "kitchen":
             reward = float(len(info["episode_task_completions"]))
-        elif self.task.family in ("ant", "halfcheetah"):
-            reward = info["x_position"] - self.task.goal_x
         reward, success = task_reward(self.task, obs, reward, self.goal)
-        terminated = self.task.family == "antmaze" and bool(success)
-        return obs, float(reward), terminated, truncated, {"success": bool(success)}
-
-    def free_cells(self):
-        """(rows, columns) of booleans: where a maze has no wall."""
-        return np.array([[cell != 1 for cell in row] for row in self.unwrapped.maze.maze_map])
-
-    def in_walls(self, positions):
-        """(n,) of booleans: which positions (n, 2) lie in a wall of the maze, or outside it."""
-        maze, free = self.unwrapped.maze, np.pad(self.free_cells(), 1)
-        rows = np.floor((maze.y_map_center - positions[:, 1]) / maze.maze_size_scaling) + 1
-        columns = np.floor((positions[:, 0] + maze.x_map_center) / maze.maze_size_scaling) + 1
-        rows, columns = (np.clip(c, 0, n - 1).astype(int) for c, n in zip((rows, columns), free.shape, strict=True))
-        return ~free[rows, columns]
+        if family in ENDLESS:
+            terminated = False
+        elif family == "antmaze":
+            terminated = success
+        else:
+            success = info.get("success", info.get("is_success", False))
+        return obs, float(reward), bool(terminated), truncated, {"success": bool(success)}
 
 
-def make_env(env_id, render_mode=None):
-    """The task's environment; actions in [-1, 1]."""
+def cell_distances(maze_map, goal_cell):
+    """{(row, column): cells on the shortest path to the goal} of a maze's free cells."""
+    distances, frontier = {tuple(goal_cell): 0}, [tuple(goal_cell)]
+    for row, column in frontier:  # grows while it is read: breadth first
+        for cell in ((row - 1, column), (row + 1, column), (row, column - 1), (row, column + 1)):
+            if maze_map[cell[0]][cell[1]] != 1 and cell not in distances:
+                distances[cell] = distances[row, column] + 1
+                frontier.append(cell)
+    return distances
+
+
+def make_env(env_id: str, render_mode: str | None = None) -> TaskEnv:
+    """The task's environment; actions in [-1, 1], whatever the package's own range is."""
     task = TASKS[env_id]
+    if render_mode is None:  # without a picture no GL back end is needed, nor one that fails
+        os.environ["MUJOCO_GL"] = "disable"
     with redirect_stderr(io.StringIO()):  # the package prints a notice about the sign that task_reward corrects
-        try:
-            import gymnasium_robotics
-        except Exception:  # MUJOCO_GL names a back end that does not work here; only videos need one
-            if render_mode:
-                raise
-            os.environ["MUJOCO_GL"] = "disable"
-            import gymnasium_robotics
+        import gymnasium_robotics
 
         gym.logger.min_level = gym.logger.ERROR
         gym.register_envs(gymnasium_robotics)
         env = gym.make(task.gym_id, max_episode_steps=task.horizon, render_mode=render_mode,
                        disable_env_checker=True, **task.kwargs)
+    space = env.action_space
+    if not isinstance(space, gym.spaces.Box) or not space.is_bounded():
+        fail(f"{env_id}: actions must be vectors within bounds, not {space}")
+    if (space.low != -1).any() or (space.high != 1).any():
+        env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
     return TaskEnv(env, task)
 
 
-def open_minari(dataset_id):
-    """A Minari dataset from the local store, or downloaded if the server answers; else exit 2."""
-    import minari
-
-    root = Path(os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets")
-    try:
-        if (root / dataset_id / "data").exists():
-            return minari.load_dataset(dataset_id)
-        import urllib.request
-
-        from huggingface_hub import constants
-
-        urllib.request.urlopen(constants.ENDPOINT, timeout=5).close()  # one quick try; minari itself retries for long
-        with redirect_stderr(io.StringIO()):
-            return minari.load_dataset(dataset_id, download=True)
-    except Exception as error:  # the store, the server or the id can be wrong in many ways; what to do is the same
-        fail(f"dataset {dataset_id} cannot be had from the store {root} or by download ({type(error).__name__}: "
-             f"{error}); run `minari download {dataset_id}` where there is a network and set MINARI_DATASETS_PATH, or "
-             "give --dataset-id or --dataset-path; or type `make run`, which makes its own small data")
+# === end shared block: environments ===
 
 
-def check_columns(source, obs_dim, act_dim, **columns):
-    """The columns as float32 arrays of equal length; exit 2 for another length, rank or width, NaN or infinity."""
-    widths = {"observations": (obs_dim,), "next_observations": (obs_dim,), "actions": (act_dim,)}
-    n = len(columns["rewards"])
+# === offline data ===
+# === shared block: offline data ===
+def check_columns(source, env, columns):
+    """The columns as float32 arrays of equal length; exit 2 for another length or width, NaN or infinity."""
+    widths = {"observations": env.observation_space.shape, "next_observations": env.observation_space.shape,
+              "actions": env.action_space.shape}
+    columns = {name: np.asarray(x).astype(np.float32, casting="same_kind", copy=False) for name, x in columns.items()}
     for name, value in columns.items():
-        shape = (n, *widths.get(name, ()))
-        try:
-            columns[name] = value = np.asarray(value).astype(np.float32, casting="same_kind", copy=False)
-        except (TypeError, ValueError) as error:
-            fail(f"{source}: {name} are not numbers ({error})")
+        shape = (len(columns["rewards"]), *widths.get(name, ()))
         if value.shape != shape:
-            fail(f"{source}: {name} have shape {value.shape}, beside {n} rewards it must be {shape}; give a dataset of "
-                 "this task")
+            fail(f"{source}: {name} have shape {value.shape}, not {shape}; give a dataset of this task")
         if not np.isfinite(value).all():
-            row = (~np.isfinite(value)).reshape(n, -1).any(1).argmax()
+            row = np.argwhere(~np.isfinite(value))[0, 0]
             fail(f"{source}: NaN or infinity in {name}, first in row {row}; remove it")
     return columns
 
 
-def check_origin(dataset_id, dataset, env):
-    """Exit 2 if the dataset's own description says that it is of another environment, or of another maze."""
-    spec = dataset.spec.env_spec
-    if spec is None:
-        return
-    base = env.task.gym_id.rpartition("-")[0]  # of which there are others that differ in goals, or pay densely
-    walls = [[cell == 1 for cell in row] for row in spec.kwargs.get("maze_map", ())]
-    same = re.fullmatch(rf"{base}(_\w+|Dense)?-v\d+", spec.id)
-    if not same or walls and not np.array_equal(walls, ~env.free_cells()):
-        fail(f"dataset {dataset_id} is of {spec.id}, this task is {env.task.gym_id}; give a dataset of it")
+def open_minari(dataset_id):
+    """A Minari dataset from the local store. What is missing or cannot be read is fetched, by one process at a time."""
+    import urllib.request
+
+    import minari
+    from huggingface_hub import constants
+
+    if store := os.environ.get("MINARI_DATASETS_PATH"):
+        os.environ["MINARI_DATASETS_PATH"] = os.path.expanduser(store)
+    try:
+        return minari.load_dataset(dataset_id)
+    except Exception as local:
+        path = minari.storage.get_dataset_path(dataset_id)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f".{path.name}.lock")):
+            with suppress(Exception):  # another process has fetched it meanwhile
+                return minari.load_dataset(dataset_id)
+            try:
+                urllib.request.urlopen(constants.ENDPOINT, timeout=5).close()  # one quick try; minari retries for long
+                with redirect_stderr(io.StringIO()):
+                    minari.download_dataset(dataset_id, force_download=True)
+            except Exception as remote:
+                raise ValueError(f"{local}; and no download: {remote}") from None
+        return minari.load_dataset(dataset_id)
 
 
 def read_minari(args, env, dataset_ids):
-    """Columns of Minari datasets ('ID' or 'ID:N' episodes), episode after episode, rewards as stored (kitchen: counted
-    from the goals). An episode that an earlier dataset already holds is not taken again."""
+    """Columns of Minari datasets ('ID', or 'ID:N' for N episodes), episode after episode, rewards as stored (kitchen:
+    counted from the goals). An episode that an earlier dataset already holds is not taken again."""
     task, episodes, seen = env.task, [], set()
+    if not dataset_ids:
+        fail(f"{args.env_id} has no dataset of its own; give --dataset-id or --dataset-path")
     for spec in dataset_ids:
         dataset_id, _, limit = spec.partition(":")
-        if limit and not re.fullmatch("[1-9][0-9]*", limit):
-            fail(f"--dataset-id {spec}: what follows the colon must be a number of episodes")
-        dataset = open_minari(dataset_id)
-        taken, here = 0, set()
         try:
-            check_origin(dataset_id, dataset, env)
+            dataset = open_minari(dataset_id)
+            made_in = dataset.spec.env_spec and dataset.spec.env_spec.id  # other goals or a dense reward do no harm
+            if made_in and not re.fullmatch(rf"{task.gym_id.rpartition('-')[0]}(_\w+|Dense)?-v\d+", made_in):
+                raise ValueError(f"it is of {made_in}")
+            taken, here = 0, set()
             for episode in dataset.iterate_episodes():
-                here.add(digest := hashlib.sha256(np.ascontiguousarray(episode.actions).tobytes()).digest())
-                if digest in seen or (limit and taken >= int(limit)):
+                here.add(digest := hashlib.sha256(np.ascontiguousarray(episode.actions)).digest())
+                if digest in seen or limit and taken >= int(limit):
                     continue
                 taken += 1
                 observations, rewards = flatten_observation(task, episode.observations), episode.rewards
@@ -954,129 +1101,142 @@ def read_minari(args, env, dataset_ids):
                     done = np.stack([np.linalg.norm(achieved[t] - desired[t], axis=-1)[1:] < 0.3
                                      for t in task.kwargs["tasks_to_complete"]])
                     rewards = (np.maximum.accumulate(done, axis=1) if args.kitchen_cumulative else done).sum(0)
-                where = f"dataset {dataset_id}, episode {episode.id}"
-                episodes.append(check_columns(
-                    where, *env.observation_space.shape, *env.action_space.shape, observations=observations[:-1],
-                    actions=episode.actions, rewards=rewards, next_observations=observations[1:],
-                    episodes=np.full(len(rewards), len(episodes))))
-        except Exception as error:  # h5py and pyarrow raise many kinds; another task's observations raise KeyError
-            fail(f"dataset {dataset_id} cannot be read as data of {task.gym_id} ({type(error).__name__}: {error}); "
-                 "give a dataset of this task")
-        seen |= here
+                episodes.append(check_columns(f"dataset {dataset_id}, episode {episode.id}", env, dict(
+                    observations=observations[:-1], actions=episode.actions, rewards=rewards,
+                    next_observations=observations[1:], episodes=np.full(len(rewards), len(episodes)),
+                    terminations=episode.terminations)))
+            seen |= here
+        except Exception as error:  # the store, the server, the id and the file can be wrong in many ways
+            fail(f"dataset {spec} cannot be used for {task.gym_id} ({type(error).__name__}: {error}); run `minari "
+                 f"download {dataset_id}` where there is a network and set MINARI_DATASETS_PATH, or give --dataset-id "
+                 "or --dataset-path; or type `make run`, which makes its own small data")
     if not episodes:
         fail(f"no episode in {' '.join(dataset_ids)}; give another --dataset-id")
     return {name: np.concatenate([episode[name] for episode in episodes]) for name in episodes[0]}
 
 
-def read_npz(args, env):
+def read_npz(path, env):
     """Columns of an .npz with D4RL's keys. Episodes end at terminals and timeouts, or without timeouts where
     next_observations do not continue. Without next_observations the last step of an episode is dropped, as its
-    successor was not recorded, unless it is a true terminal (antmaze)."""
-    path, family = args.dataset_path, env.task.family
+    successor was not recorded, unless it is a true terminal."""
+    keys = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
+    task, where = env.task, f"--dataset-path {path}"
     try:
-        with zipfile.ZipFile(path) as archive:
-            size = sum(i.file_size for i in archive.infolist() if Path(i.filename).stem in D4RL_KEYS)
-        if size > 0.5 * psutil.virtual_memory().available:
-            fail(f"--dataset-path {path} needs {size / 2**30:.1f} GiB, too much for this machine; give a part of it")
         with np.load(path, allow_pickle=False) as file:
-            data = {name: file[name] for name in D4RL_KEYS if name in file.files}
+            data = {name: np.squeeze(file[name]) for name in keys if name in file.files or name in keys[:4]}
+            for name in {"observations", "actions", "next_observations"} & data.keys():
+                data[name] = data[name][:, None] if data[name].ndim == 1 else data[name]  # a width of 1 is kept
+        if task.family == "kitchen":  # D4RL appends the constant goal to the 30 numbers
+            data |= {name: data[name][:, :30] for name in ("observations", "next_observations") if name in data}
+        data = check_columns(where, env, data)
     except Exception as error:  # zipfile and numpy raise many kinds for a damaged file
-        fail(f"--dataset-path {path} cannot be read as .npz without pickle ({type(error).__name__}: {error})")
-    if missing := [name for name in D4RL_KEYS[:4] if name not in data]:
-        fail(f"--dataset-path {path} has no {', '.join(missing)}; D4RL's keys are needed")
-    if not {"timeouts", "next_observations"} & set(data):
-        fail(f"--dataset-path {path} has neither timeouts nor next_observations: where episodes end cannot be told")
-    for name, value in data.items():
-        if name not in ("observations", "actions", "next_observations"):
-            data[name] = value[:, 0] if value.ndim == 2 and value.shape[1] == 1 else value
-        elif family == "kitchen" and name != "actions" and value.ndim == 2 and value.shape[1] == 60:
-            data[name] = value[:, :30]  # D4RL appends the constant goal
-    if any(np.ndim(data[name]) == 0 for name in data) or len(data["rewards"]) < 2:
-        fail(f"--dataset-path {path} needs columns of 2 transitions or more")
-    data = check_columns(path, *env.observation_space.shape, *env.action_space.shape, **data)
-    observations, terminals, n = data["observations"], data["terminals"] > 0, len(data["rewards"])
-    if "timeouts" in data:
-        ends = terminals | (data["timeouts"] > 0)
-    else:
-        ends = terminals | np.append((data["next_observations"][:-1] != observations[1:]).any(1), True)
-    if not ends[:-1].any() and n > env.task.horizon:
-        fail(f"--dataset-path {path} marks no end of an episode in {n} transitions; {env.task.horizon} are one")
+        fail(f"{where} cannot be read as .npz with D4RL's keys ({type(error).__name__}: {error})")
+    observations, n = data["observations"], len(data["rewards"])
+    terminals, timeouts = data["terminals"] > 0, data.get("timeouts", np.zeros(n)) > 0
+    ends = terminals | timeouts
+    if "next_observations" in data:
+        breaks = np.append((data["next_observations"][:-1] != observations[1:]).any(1), True)
+        if "timeouts" in data and (breaks & ~ends)[:-1].any():
+            fail(f"{where}: next_observations of row {(breaks & ~ends).argmax()} do not continue in the next row, and "
+                 "neither terminals nor timeouts mark an end there; leave timeouts out, or put them right")
+        ends = ends if "timeouts" in data else ends | breaks
+    elif "timeouts" not in data and not terminals[-1]:
+        fail(f"{where}: nothing marks where episodes end; give timeouts or next_observations")
+    late = np.flatnonzero(terminals[:-1] & ~terminals[1:] & timeouts[1:]).tolist()
+    if late and task.family != "antmaze":  # there terminals are steps at the goal, and an ant may leave it
+        fail(f"{where}: terminals mark an end in row {late[0]} and timeouts one row later; put them right")
+    longest = int(np.diff(np.flatnonzero(np.append(ends[:-1], True)), prepend=-1).max())
+    if longest > task.horizon + (task.family == "antmaze"):  # D4RL's antmaze records one step more
+        fail(f"{where} has an episode of {longest} transitions, and this task's have {task.horizon} at most; mark "
+             "where episodes end (timeouts). Longer demonstrations can be read as Minari data")
     keep = np.ones(n, bool)
     if "next_observations" not in data:
         data["next_observations"] = np.where(ends[:, None], observations, np.roll(observations, -1, 0))
-        keep = ~ends | (terminals & (family == "antmaze"))
+        keep = ~ends | (terminals & (task.family not in ENDLESS))
         keep[-1] &= ends[-1]
     data["episodes"] = np.append(0, np.cumsum(ends)[:-1]).astype(np.float32)
-    names = ("observations", "actions", "rewards", "next_observations", "episodes")
+    data["terminations"] = terminals.astype(np.float32)
+    names = ("observations", "actions", "rewards", "next_observations", "episodes", "terminations")
     return {name: data[name][keep] for name in names}
 
 
-D4RL_KEYS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
-
-
 @np.errstate(over="ignore")  # what float32 cannot hold is infinite, and said
-def load_dataset(args, env, seed):
+def load_dataset(args, env: TaskEnv, seed: int) -> tuple[dict[str, np.ndarray], dict]:
     """The task's offline data, {column: float32 (n, ...)}, and a report. Columns: observations, actions, rewards (raw),
-    next_observations, terminations, episodes. Order: read, check, truncate, relabel, subset (drawn by seed), remove
-    discs."""
-    task, npz = env.task, args.dataset_path
-    source = npz or " + ".join(args.dataset_id or task.datasets)
-    data = read_npz(args, env) if npz else read_minari(args, env, args.dataset_id or task.datasets)
-    report = {"source": source, "transitions_read": len(data["rewards"])}
-    if args.truncate_episodes:
-        starts = np.flatnonzero(np.diff(data["episodes"], prepend=-1))
-        position = np.arange(len(data["rewards"])) - np.repeat(starts, np.diff([*starts, len(data["rewards"])]))
-        data = {name: value[position < args.truncate_episodes] for name, value in data.items()}
-        report["removed_by_truncation"] = report["transitions_read"] - len(data["rewards"])
-    if npz and task.family in ("kitchen", "hammer"):  # an .npz of D4RL has D4RL's dense rewards
+    next_observations, episodes, terminations. Order: read, check, truncate, subset (drawn by seed), remove discs."""
+    task, npz, dataset_ids = env.task, args.dataset_path, args.dataset_id or env.task.datasets
+    data = read_npz(npz, env) if npz else read_minari(args, env, dataset_ids)
+    n = len(data["rewards"])
+    report, rows = {"source": npz or " + ".join(dataset_ids), "transitions_read": n}, np.arange(n)
+    # --- Rewards and terminations of the task; an .npz of D4RL has D4RL's dense rewards ---
+    if npz and task.family in ("kitchen", "hammer"):
         success = data["rewards"] >= (4 if task.family == "kitchen" else 50)
     else:
         goal = env.center if task.family != "antmaze" else env.center + ANTMAZE_DATA_GOAL_OFFSET
         rewards, success = task_reward(task, data["next_observations"], data["rewards"].astype(np.float64), goal)
         data["rewards"] = rewards.astype(np.float32)
-    data["terminations"] = success.astype(np.float32) * (task.family == "antmaze")
-    report["successful_episodes_before_removal"] = len(np.unique(data["episodes"][success]))
-    if task.goal_cell:
-        report["positions_in_walls"] = int(env.in_walls(data["observations"][:, :2]).sum())
-        if report["positions_in_walls"]:
-            print(f"warning: {source}: {report['positions_in_walls']} positions lie in walls or outside the maze; are "
-                  "they in other coordinates than gymnasium-robotics'?", file=sys.stderr)
-    if args.data_subset and args.data_subset < len(success):
-        rng = np.random.default_rng(derive_seed(seed, "subset"))
-        keep = rng.choice(len(success), args.data_subset, replace=False)
-        data, success = {name: value[keep] for name, value in data.items()}, success[keep]
-        report["subset"] = args.data_subset
-    if args.remove_discs and env.task.goal_cell is None:
-        fail(f"--remove-discs: {args.env_id} has no positions in a maze")
-    for x, y, radius in args.remove_discs:
-        keep = np.linalg.norm(data["observations"][:, :2] - np.float32([x, y]), axis=-1) > radius
-        report.setdefault("removed_by_discs", []).append([x, y, radius, int((~keep).sum())])
-        if keep.all():
-            print(f"warning: --remove-discs {x:g} {y:g} {radius:g} removes nothing", file=sys.stderr)
-        data, success = {name: value[keep] for name, value in data.items()}, success[keep]
-    if not len(success):
-        fail(f"{source}: nothing is left after truncation and removal; check --remove-discs and --truncate-episodes")
+    if task.family in ENDLESS or task.family == "antmaze":
+        data["terminations"] = success.astype(np.float32) * (task.family == "antmaze")
+    # --- Actions in [-1, 1] ---
+    low, high = env.unwrapped.action_space.low, env.unwrapped.action_space.high
+    if (low != -1).any() or (high != 1).any():
+        data["actions"] = 2 * (data["actions"] - low) / (high - low) - 1
     clipped = np.clip(data["actions"], -1 + 1e-5, 1 - 1e-5)
-    report["actions_clipped"] = int((clipped != data["actions"]).any(1).sum())  # transitions
+    # --- Which rows are kept ---
+    if args.truncate_episodes:
+        starts = np.flatnonzero(np.diff(data["episodes"], prepend=-1))
+        lengths = np.diff([*starts, n])
+        place, length = rows - np.repeat(starts, lengths), np.repeat(lengths, lengths)
+        if not args.bootstrap_at_cut:
+            data["terminations"][(place == args.truncate_episodes - 1) & (length > args.truncate_episodes)] = 1.0
+        rows = rows[place < args.truncate_episodes]
+        report["removed_by_truncation"] = n - len(rows)
+    report["successful_episodes_before_removal"] = len(np.unique(data["episodes"][rows][success[rows]]))
+    if task.goal_cell:
+        positions, maze = data["observations"][:, :2], env.unwrapped.maze
+        if outside := int((np.abs(positions) > (maze.x_map_center, maze.y_map_center)).any(1).sum()):
+            fail(f"{report['source']}: {outside} positions lie outside the maze; give them in gymnasium-robotics' "
+                 "coordinates, which have their origin in the middle")
+        jumps = np.linalg.norm(data["next_observations"][:, :2] - positions, axis=-1)
+        if jumps.max() > maze.maze_size_scaling:  # a cell
+            fail(f"{report['source']}: a step of {jumps.max():.1f} m in row {jumps.argmax()}, where an episode must "
+                 "have ended; put its ends right")
+    elif args.remove_discs:
+        fail(f"--remove-discs: {args.env_id} has no positions in a maze")
+    if args.data_subset and args.data_subset < len(rows):
+        rows = np.random.default_rng(derive_seed(seed, "subset")).choice(rows, args.data_subset, replace=False)
+        report["subset"] = args.data_subset
+    for x, y, radius in args.remove_discs:
+        outside = np.linalg.norm(data["observations"][rows, :2] - np.float32([x, y]), axis=-1) > radius
+        report.setdefault("removed_by_discs", []).append([x, y, radius, int((~outside).sum())])
+        rows = rows[outside]
+    if not len(rows):
+        fail(f"{report['source']}: nothing is left; check --remove-discs and --truncate-episodes")
+    report["actions_clipped"] = int((clipped != data["actions"])[rows].any(1).sum())  # transitions
     data["actions"] = clipped
-    digest = hashlib.sha256()
-    for name in sorted(data):
-        digest.update(np.ascontiguousarray(data[name]))
-    report |= {"transitions": len(success), "episodes": len(np.unique(data["episodes"])),
+    data, success = {name: value[rows] for name, value in data.items()}, success[rows]
+    report |= {"transitions": len(rows), "episodes": len(np.unique(data["episodes"])),
                "successful_episodes": len(np.unique(data["episodes"][success])),
                "reward_range": [float(data["rewards"].min()), float(data["rewards"].max())],
-               "sha256": digest.hexdigest()}
+               "sha256": hashlib.sha256(b"".join(data[name].tobytes() for name in sorted(data))).hexdigest()}
     print(f"{args.env_id}: offline data")
     print(*(f"  {key.replace('_', ' ')}: {value}" for key, value in report.items()), sep="\n")
     return data, report
 
 
-# === end shared block: tasks and data ===
+# === end shared block: offline data ===
 
 
+# === command line, run directory ===
 # === shared block: run directory ===
-# --- command line ---
-def fail(message, code=2) -> NoReturn:
+# Settings of a process, not of its run: not taken over from another run, and free to change on --resume.
+PROCESS_SETTINGS = ("resume", "track", "wandb_project", "wandb_mode", "runs_dir", "video", "device", "torch_threads",
+                    "compile")
+# May change on --resume: no number depends on them (on the data's and the source run's identity one does).
+MAY_CHANGE = (*PROCESS_SETTINGS, "log_every", "checkpoint_every", "dataset_path", "exploit_only", "init_from")
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
     """Say in one line on stderr what was wrong and what to do, and exit."""
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
@@ -1084,100 +1244,70 @@ def fail(message, code=2) -> NoReturn:
     raise SystemExit(code)
 
 
-def parse_args(argv=None):
+def parse_args(argv: list[str] | None = None):
     """Defaults < the task's row < the settings of the --exploit-only or --eval-only run < the command line; then
-    --scale. Exit 2 with one line for what cannot be."""
+    --scale. Exit 2 with one line for what is wrong."""
     argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
     first = tyro_cli([word for word in argv if word not in ("-h", "--help")], Args())
-    if source := getattr(first, "eval_only", "") or getattr(first, "exploit_only", ""):
-        own = {name: getattr(Args, name) for name in (*OWN, "exp_name", "eval_only", "exploit_only") if
-               hasattr(Args, name)}
-        default = tyro_cli(command_line(read_config(source)["args"] | own), Args(), f"{source}/config.json: ")
-        check_ranges(default)
+    source = getattr(first, "eval_only", "") or getattr(first, "exploit_only", "")
+    if source:
+        own = (*PROCESS_SETTINGS, "exp_name", "eval_only", "exploit_only")
+        default = Args(**read_config(source)["args"] | {k: v for k, v in asdict(Args()).items() if k in own})
     else:
-        default = replace(Args(env_id=first.env_id), **TASKS[first.env_id].settings)
+        default = Args(env_id=first.env_id, **TASKS[first.env_id].settings)
     args = tyro_cli(argv, default)
-    check_ranges(args)
-    for name in ("runs_dir", "dataset_path", "eval_only", "exploit_only", "init_from"):
-        if hasattr(args, name):
-            setattr(args, name, os.path.expanduser(getattr(args, name)))
-
-    for name in BUDGETS:
+    # The times of a source run's phases have been scaled already.
+    for name in (n for n in BUDGETS if not source or n not in ("offline_steps", "online_steps", "retrain_at")):
         value = getattr(args, name)
         scaled = [max(1, round(x * args.scale)) if x else 0 for x in np.atleast_1d(value).tolist()]
         setattr(args, name, tuple(scaled) if isinstance(value, tuple) else scaled[0])
+    for name in ("eval_episodes", "final_episodes"):
+        value = getattr(args, name)
+        setattr(args, name, min(value, max(5, round(value * args.scale))))
     args.scale = 1.0
-    for wrong, message in (
-        (source and args.env_id != default.env_id, f"{source} is a run on {default.env_id}; leave --env-id out"),
-        (not re.fullmatch(r"\w[\w.+=,-]*", args.exp_name) or len(os.fsencode(args.exp_name)) > 100,
-         "--exp-name must be one short word, it names a folder"),
-        (getattr(args, "rnd_hidden_dims", 1) == (), "--rnd-hidden-dims needs a layer"),
-        (getattr(args, "video", False) and not args.eval_only, "--video goes with --eval-only"),
-        (getattr(args, "dataset_id", ()) and args.dataset_path, "give --dataset-id or --dataset-path, not both"),
-        *mistakes(args),
-    ):
+    for wrong, message in invalid_combinations(args):
         if wrong:
             fail(message)
+    if source and args.env_id != default.env_id:
+        fail(f"{source} is a run on {default.env_id}; leave --env-id out")
     return args
 
 
-def command_line(settings):
-    """The words that give these settings: those of a config.json are read as if they were typed."""
-    flat = lambda value: [w for x in value for w in flat(x)] if isinstance(value, tuple) else [str(value)]  # noqa: E731
-    for name, value in settings.items():
-        flag = name.replace("_", "-")
-        if isinstance(getattr(Args, name), bool):
-            yield f"--{flag}" if value is True else f"--no-{flag}" if value is False else f"--{flag}={value}"
-        else:
-            yield from (f"--{flag}", *flat(value)) if isinstance(value, tuple) else (f"--{flag}={value}",)
-
-
-def tyro_cli(argv, default, where=""):
+def tyro_cli(argv, default):
     """tyro's reading of a command line; its errors, which fill a box, as one line."""
     box = io.StringIO()
     try:
         with redirect_stderr(box):
-            return tyro.cli(Args, args=list(argv), default=default, description=__doc__)
+            return tyro.cli(Args, args=argv, default=default, description=__doc__)
     except SystemExit as stop:
+        text = re.sub(r"[\s\u2500-\u257f]+", " ", box.getvalue())
+        if outside := re.search(r"for Args (\w+)\S* (.*?) \[type=\w+, input_value=(.*?), input_type", text):
+            text = f"--{outside[1].replace('_', '-')} {outside[3]}: {outside[2]}"
         if stop.code:
-            fail(where + re.sub(r"(?:[\s\u2500-\u257f]|-{3,})+", " ", box.getvalue()))
+            fail(text)
         raise
-
-
-def check_ranges(args):
-    """Exit 2 with one line unless every number lies in its interval of RANGES."""
-    for (low, high), names in RANGES.items():
-        for name in names.split():
-            value = getattr(args, name)
-            for x in np.ravel(() if value is None and getattr(Args, name) is None else value).tolist():
-                if not (isinstance(x, (int, float)) and low <= x <= high):
-                    fail(f"--{name.replace('_', '-')} {x} lies outside [{low:g}, {high:g}]")
 
 
 def read_config(run_dir, scripts=(SCRIPT,)):
     """config.json of a run of one of the scripts; exit 2 if RUN_DIR does not hold one."""
-    path = Path(run_dir).expanduser() / "config.json"
+    path = Path(run_dir) / "config.json"
     try:
         config = json.loads(path.read_text())
-        if config["script"] not in scripts:
-            fail(f"{run_dir} is a run of {config['script']}; give a run of {' or '.join(scripts)}")
-        tuples = lambda value: tuple(map(tuples, value)) if isinstance(value, list) else value  # noqa: E731
-        config["args"] = {name: tuples(value) for name, value in config["args"].items()}
-        other = set(config["args"]) ^ {field.name for field in fields(Args)}
-        if other and config["script"] == SCRIPT:
-            fail(f"{path} has other settings than this version of {SCRIPT} ({' '.join(sorted(other))})")
-        config["run_id"], config["dataset"]["sha256"], config["versions"], config["resumed"]
-        return config
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        fail(f"{path} is not the config of a run of {' or '.join(scripts)} ({error!r}); give the folder of a run")
+        if config["script"] == SCRIPT:
+            args = asdict(Args(**config["args"]))
+            if missing := args.keys() - config["args"].keys():
+                raise ValueError(f"made by another version: no {' '.join(sorted(missing))}")
+            config["args"] = args
+        if config["script"] in scripts:
+            config["run_id"], config["source_run_id"], config["dataset"]["sha256"], config["resumed"]
+            return config
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        fail(f"{path} is not the config of a run of {' or '.join(scripts)} ({type(error).__name__}: {error})")
+    fail(f"{run_dir} is a run of {config['script']}; give a run of {' or '.join(scripts)}")
 
 
-# --- run directory, metrics, checkpoint ---
-OWN = ("resume", "track", "wandb_project", "wandb_mode", "runs_dir", "video", "device", "torch_threads")
-FREE = (*OWN, "log_every", "checkpoint_every", "dataset_path")  # bear on no number (the data's SHA-256 does)
-
-
-def derive_seed(seed, *place):
+# --- seeds, steps, device ---
+def derive_seed(seed: int, *place) -> int:
     """An independent 32-bit seed for each (seed, purpose, step or episode, ...)."""
     words = [zlib.crc32(str(part).encode()) for part in place]
     return int(np.random.SeedSequence([seed, *words]).generate_state(1)[0])
@@ -1190,68 +1320,43 @@ def seed_torch(seed):
         torch.cuda.manual_seed(seed)
 
 
-def due(step, every, last):
+def at_interval(step, every, last):
     return step % every == 0 or step == last
 
 
 def progress_bar(name, start, stop):
     """Step numbers from start to stop, with a bar on stderr; in a log file it is a line a minute."""
     interval = 0.1 if sys.stderr.isatty() else 60
-    return tqdm(range(start, stop), initial=start, total=stop, desc=name, dynamic_ncols=True, mininterval=interval,
-                  maxinterval=max(10, interval))
+    return tqdm(range(start, stop), initial=start, total=stop, desc=name, mininterval=interval, maxinterval=interval)
 
 
 def setup_torch(args):
-    """Device, threads, precision, and --compile auto made on or off. Exit 2 for a device that does not work."""
+    """Device, threads, precision, and --compile auto made on or off. Exit 2 for what does not work."""
     try:
         auto = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(auto if args.device == "auto" else args.device)
         torch.zeros(1, device=device).item()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # the one that is seeded
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {args.device}: {str(error).splitlines()[0]}")
     if args.cudagraphs and device.type != "cuda":
         fail("--cudagraphs needs a CUDA device; leave it out on the CPU")
     torch.set_num_threads(args.torch_threads)
     torch.set_float32_matmul_precision(args.matmul_precision)
-    auto, updates, compiler = args.compile == "auto", count_updates(args), None
+    auto, updates = args.compile == "auto", count_updates(args)
+    if args.compile == "on" or auto and updates >= COMPILE_PAYS:
+        try:  # a small graph of each kind that the updates have
+            torch.compile(lambda x: (x @ x).relu().sum())(torch.zeros(64, 64, device=device))
+            args.compile = "on"
+        except Exception as error:  # no compiler, one without OpenMP, a damaged cache, ...
+            if not auto:
+                fail(f"--compile on: {str(error).strip().splitlines()[0]}; install g++, or leave it off")
+            print(f"torch.compile does not work here, going on without it: {str(error).strip().splitlines()[0]}")
+    args.compile = "off" if args.compile == "auto" else args.compile
     if auto:
-        args.compile = "on" if updates >= COMPILE_PAYS else "off"
-    if args.compile == "on":
-        with suppress(RuntimeError):
-            compiler = shutil.which(torch._inductor.cpp_builder.get_cpp_compiler())
-        if not compiler and not auto:
-            fail("--compile on needs a C++ compiler, and there is none that works: install g++, or leave it off")
-        args.compile = "on" if compiler else "off"
-    if auto:
-        print(f"--compile auto: {args.compile} ({updates:,} updates; on from {COMPILE_PAYS:,}, with a C++ compiler)")
+        print(f"--compile auto: {args.compile} ({updates:,} updates; it pays from {COMPILE_PAYS:,} on)")
     return device
-
-
-class Adam(torch.optim.Adam):
-    """torch's fused Adam. minimize() is one step, also within a compiled update, which step() would break apart."""
-
-    def __init__(self, parameters, learning_rate):
-        super().__init__(parameters, learning_rate, fused=True)
-        for p in self.param_groups[0]["params"]:
-            self.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
-                             "exp_avg_sq": torch.zeros_like(p)}
-
-    def minimize(self, loss):
-        """One step along the gradient of the scalar loss with respect to these parameters alone."""
-        group = self.param_groups[0]
-        parameters, rate, eps, (beta1, beta2) = group["params"], group["lr"], group["eps"], group["betas"]
-        gradients = torch.autograd.grad(loss, parameters)
-        states = [self.state[p] for p in parameters]
-        steps, means, squares = ([state[name] for state in states] for name in ("step", "exp_avg", "exp_avg_sq"))
-        with torch.no_grad():
-            torch._foreach_add_(steps, 1.0)
-            if not torch.compiler.is_compiling():
-                return torch._fused_adam_(parameters, gradients, means, squares, [], steps, lr=rate, beta1=beta1,
-                                          beta2=beta2, weight_decay=0.0, eps=eps, amsgrad=False, maximize=False)
-            for p, g, m, v, n in zip(parameters, gradients, means, squares, steps, strict=True):  # the same, traceable
-                m.lerp_(g, 1 - beta1)
-                v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-                p.sub_(rate / (1 - beta1**n) * m / ((v / (1 - beta2**n)).sqrt() + eps))
 
 
 def faster(args, update):
@@ -1259,7 +1364,6 @@ def faster(args, update):
     if args.compile == "on":
         torch.compiler.reset()  # graphs of an earlier phase's networks
         torch._inductor.config.fallback_random = True  # the random numbers of the eager update
-        torch._dynamo.config.trace_autograd_ops = torch._dynamo.config.capture_dynamic_output_shape_ops = True
         update = torch.compile(update)
     return CudaGraph(update) if args.cudagraphs else update
 
@@ -1288,109 +1392,115 @@ class CudaGraph:
         return self.losses
 
 
+# --- files ---
 def atomic_write(path, content):
     """Write bytes so that at any moment the file is the old one or the new one, complete."""
-    path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)  # left by a kill
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:  # made here: a link of that name is not followed
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-    with suppress(OSError):  # the rename itself; some file systems cannot
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, content):
+    atomic_write(path, json.dumps(content, indent=1).encode())
 
 
 def save_torch(path, content):
-    """torch.save, atomically, with the file's SHA-256 as comment of the zip archive that it is."""
     stream = io.BytesIO()
     torch.save(content, stream)
-    data = stream.getvalue()[:-2]  # without the comment's length
-    atomic_write(path, data + (64).to_bytes(2, "little") + hashlib.sha256(data).hexdigest().encode())
+    atomic_write(path, stream.getvalue())
 
 
-def load_torch(path, device, scripts=(SCRIPT,)):
-    """A file of save_torch; exit 2 if it is missing, is not as it was written, or is of none of the scripts."""
+def load_torch(path: Path, device, run_id: str | None = None, scripts=(SCRIPT,)) -> dict:
+    """A file of save_torch; exit 2 if it is missing, damaged, of another script, or of another run than run_id."""
     try:
-        data = Path(path).read_bytes()
-        if hashlib.sha256(data[:-66]).hexdigest().encode() != data[-64:]:
-            fail(f"{path} is not as it was written (its checksum differs): restore it, or start the run again")
-        content = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
-    except OSError as error:
-        fail(f"{path} cannot be read ({error.strerror}); has the run come that far?")
-    if content["script"] not in scripts:
-        fail(f"{path} was not written by {' or '.join(scripts)}; give a run of it")
-    return content
-
-
-def read_verified(path, size, checksum):
-    """The first `size` bytes of a file; exit 2 if they are not those that were written."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read(size)
-    except OSError as error:
-        fail(f"{path} cannot be read ({error.strerror})")
-    if len(data) != size or zlib.crc32(data) != checksum:
-        fail(f"{path} is not as it was written (its checksum differs): restore it, or start the run again")
-    return data
+        with zipfile.ZipFile(path) as archive:  # torch.load looks at no checksum
+            if archive.testzip():
+                raise ValueError("its checksum differs")
+        content = torch.load(path, map_location=device, weights_only=True)
+        if content["script"] not in scripts:
+            raise ValueError(f"it was written by {content['script']}")
+        if run_id not in (None, content["run_id"]):
+            raise ValueError("it is of another run")
+        return content
+    except Exception as error:  # zipfile, pickle and torch raise many kinds for a damaged file
+        fail(f"{path} cannot be used ({type(error).__name__}: {error}); restore it, or start the run again")
 
 
 def state_of(model):
     """Networks and optimisers, for load_state."""
-    return {"networks": model.state_dict(), "optimizers": [o.state_dict()["state"] for o in model.optimizers]}
+    states = [[o.state[p] for p in o.param_groups[0]["params"]] for o in model.optimizers]
+    return {"networks": model.state_dict(), "optimizers": states}
 
 
+@torch.no_grad()
 def load_state(model, state):
+    """Copies into the tensors that are there: a CUDA graph goes on using them."""
     model.load_state_dict(state["networks"])
-    for optimizer, saved in zip(model.optimizers, state["optimizers"], strict=True):
-        # This process's groups: a checkpoint of another device has other options there.
-        optimizer.load_state_dict({"state": saved, "param_groups": optimizer.state_dict()["param_groups"]})
+    for optimizer, states in zip(model.optimizers, state["optimizers"], strict=True):
+        for p, saved in zip(optimizer.param_groups[0]["params"], states, strict=True):
+            for name, value in saved.items():
+                optimizer.state[p][name].copy_(value)
 
 
 class Run:
     """A run directory. config.json: settings, versions, hardware, data. metrics.jsonl, evals.jsonl: the same bytes for
     the same seed on the same machine. timing.jsonl: what differs each time. replay.bin: the online transitions, raw
-    float32 rows (columns: config.json). checkpoint.pt: what --resume needs.
+    float32 rows (columns: config.json). checkpoint.pt: what --resume needs. results.json: the end.
 
     Everything random is seeded by its place (phase, step or episode), so a resumed run needs no saved generator. Until
-    begin() nothing is written, and by then what is to be continued has been read and verified."""
+    begin() nothing is written. On --resume all that came after the last checkpoint is cut off and made again."""
 
     FILES = ("metrics.jsonl", "evals.jsonl", "timing.jsonl", "replay.bin")
-    signal = None  # the one that has come
 
     def __init__(self, args, **progress):
         """progress: the counters and scores of a new run."""
-        self.args, self.progress, self.models, self.config, self.wandb = args, progress, {}, None, None
+        self.args = args
+        self.progress = progress
         self.path = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}"
-        self.sizes, self.sums = dict.fromkeys(self.FILES, 0), dict.fromkeys(self.FILES, 0)
-        self.updates, self.clock = 0, time.perf_counter()
+        self.config = None
+        self.id, self.source_id = secrets.token_hex(8), None
+        self.models = {}
+        self.sizes, self.replay_sum = dict.fromkeys(self.FILES, 0), 0
         self.data_seed, self.data_sha256 = args.seed, None  # of the offline data; --exploit-only: the source's
-        if (self.path / "config.json").exists():
-            if not args.resume:
-                fail(f"{self.path} exists; continue it with --resume, or choose another --seed or --exp-name")
+        self.wandb = self.signal = None
+        self.finished = False
+        self.updates, self.clock = 0, time.perf_counter()
+        known = (self.path / "config.json").exists()
+        if known and not args.resume:
+            fail(f"{self.path} exists; continue it with --resume, or choose another --seed or --exp-name")
+        if not known and self.path.exists() and any(p.name[0] != "." for p in self.path.iterdir()):
+            fail(f"{self.path} has files but no config.json; restore it, or choose another --seed or --exp-name")
+        if known:
+            self.read_settings()
+        if not self.finished:
+            self.device = setup_torch(args)
+        if known and not self.finished:
+            saved = read_checkpoint(self.path, self.config, self.device)
+            self.models, self.progress, self.sizes = saved["models"], saved["progress"], saved["sizes"]
+            self.replay_sum = saved["replay_sum"]
+
+    def read_settings(self):
+        """config.json of a run that is to be continued; exit 2 if it has other settings."""
+        if not (self.path / "results.json").exists():
             self.lock()
-            self.config = read_config(self.path)
-            before = self.config["args"]
-            args.compile = before["compile"] if args.compile == "auto" else args.compile
-            changed = [name for name, value in asdict(args).items() if name not in FREE and before[name] != value]
-            if changed:
-                was = ", ".join(f"--{name.replace('_', '-')} was {before[name]}" for name in changed)
-                fail(f"--resume needs the settings that {self.path} was started with: {was}")
-        elif self.path.exists() and (not self.path.is_dir() or any(p.name[0] != "." for p in self.path.iterdir())):
-            fail(f"{self.path} is there and is not a run; choose another --seed or --exp-name")
-        self.device = setup_torch(args)
-        self.rows = b""
-        if self.config and (self.path / "checkpoint.pt").exists():
-            saved, self.rows = self.read_checkpoint(self.path, self.config)
-            self.models, self.progress, self.sizes, self.sums = (
-                saved[name] for name in ("models", "progress", "sizes", "sums"))
+        self.finished = (self.path / "results.json").exists()
+        self.config = read_config(self.path)
+        self.id, self.source_id = self.config["run_id"], self.config["source_run_id"]
+        self.data_sha256 = self.config["dataset"]["sha256"]
+        before = self.config["args"]
+        changed = [k for k, v in asdict(self.args).items() if k not in MAY_CHANGE and before[k] != v]
+        if changed:
+            was = ", ".join(f"--{name.replace('_', '-')} was {before[name]}" for name in changed)
+            fail(f"--resume needs the settings that {self.path} was started with: {was}")
+        if self.args.compile == "auto" and before["compile"] == "off":
+            self.args.compile = "off"
 
     def lock(self):
         """One process a directory; death releases it."""
@@ -1400,96 +1510,91 @@ class Run:
         except Timeout:
             fail(f"another process is at work in {self.path}; wait for it, or choose another --seed or --exp-name")
 
-    def read_checkpoint(self, path, config):
-        """The checkpoint of a run directory and the bytes of its online rows; exit 2 if anything was altered."""
-        saved = load_torch(path / "checkpoint.pt", self.device)
-        if (saved["run_id"], saved["args"]) != (config["run_id"], json.dumps(config["args"])):
-            fail(f"{path / 'checkpoint.pt'} does not belong to {path / 'config.json'}; restore the run's own")
-        for name in self.FILES:  # the last one's content is returned
-            data = read_verified(path / name, saved["sizes"][name], saved["sums"][name])
-        return saved, data
-
-    def read_replay(self, width):
-        """The online rows (n, width) up to the checkpoint."""
-        return np.frombuffer(bytearray(self.rows), np.float32).reshape(-1, width)
+    def saved_replay(self):
+        """What ReplayBuffer.load needs to go back to the checkpoint."""
+        return self.path / "replay.bin", self.sizes["replay.bin"], self.replay_sum, self.progress["env_step"]
 
     def begin(self, dataset, columns):
         """From here on files are written. dataset: the report of load_dataset; columns: those of replay.bin's rows."""
-        start, known = provenance(self.device), self.config
-        if {dataset["sha256"], known and known["dataset"]["sha256"], self.data_sha256} - {None} != {dataset["sha256"]}:
+        if self.data_sha256 not in (None, dataset["sha256"]):
             fail(f"the offline data {dataset['source']} is not what the run was started with (sha256 differs)")
-        if known:
-            for name in ("commit", "versions", "hardware"):
-                if start[name] != (last := (known["resumed"] or [known])[-1][name]):
-                    print(f"resumed with other {name}: {start[name]}, before: {last}")
-            known["resumed"].append(start)
+        start = provenance(self.device) | {"compile": self.args.compile}
+        if self.config:
+            self.config["resumed"].append(start)
         else:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock()
             if (self.path / "config.json").exists():
                 fail(f"another process has just started {self.path}")
             ends = {k: [c.start, c.stop] if isinstance(c, slice) else [c, c + 1] for k, c in columns.items()}
-            self.config = {"script": SCRIPT, "run_id": secrets.token_hex(8), "args": asdict(self.args), **start,
-                           "dataset": dataset, "replay_columns": ends, "resumed": []}
-        try:
-            if self.args.track:
-                self.start_wandb()
-            atomic_write(self.path / "config.json", json.dumps(self.config, indent=1).encode())
-            self.files = {name: open(self.path / name, "ab", buffering=0) for name in self.FILES}
-            for name, file in self.files.items():  # what came after the checkpoint is made again
-                file.truncate(self.sizes[name])
-        except BaseException:
-            if not known:  # a start that fails leaves nothing behind
-                shutil.rmtree(self.path, ignore_errors=True)
-                with suppress(OSError):
-                    self.path.parent.rmdir()
-            raise
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, Run.on_signal)
-        place = {name: value for name, value in self.progress.items() if name != "scores"}
+            self.config = {"script": SCRIPT, "run_id": self.id, "source_run_id": self.source_id,
+                           "args": asdict(self.args), **start, "dataset": dataset, "replay_columns": ends,
+                           "resumed": []}
+        if self.args.track:
+            self.start_wandb()
+        write_json(self.path / "config.json", self.config)
+        self.files = {name: open(self.path / name, "ab", buffering=0) for name in self.FILES}
+        for name, file in self.files.items():
+            file.truncate(self.sizes[name])
+        if not (self.path / "checkpoint.pt").exists():
+            self.checkpoint()  # from now on a run without one has lost it
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+            with suppress(AttributeError, ValueError):  # not on Windows; not in a thread
+                number = getattr(signal, name)
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    signal.signal(number, self.on_signal)
         if self.args.resume:
+            place = {name: value for name, value in self.progress.items() if name not in ("scores", "diverged")}
             print(f"continued at {place}" if any(place.values()) else "nothing to continue, starting anew")
 
-    def start_wandb(self):
-        try:
-            import wandb
+    def on_signal(self, number, frame):
+        """The next checkpoint is the last one; a second signal of the kind ends at once."""
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
 
-            mode = self.args.wandb_mode or os.environ.get("WANDB_MODE", "online")
-            parts = len(self.config["resumed"])  # wandb continues no offline run: each part is a run of one group
-            run_id = self.config["run_id"] + (f"-{parts}" if mode == "offline" and parts else "")
-            project = self.args.wandb_project or os.environ.get("WANDB_PROJECT", "ooo")
-            self.wandb = wandb.init(project=project, mode=mode, id=run_id, group=self.config["run_id"], resume="allow",
-                                    name=self.path.name, dir=self.path, config=self.config)
-        except Exception as error:  # no key, no network, not installed
+    def start_wandb(self):
+        """wandb's own variables fill in what is not given."""
+        import wandb
+
+        env = os.environ
+        mode = self.args.wandb_mode or wandb.setup().settings.mode
+        parts = f"-{len(self.config['resumed'])}" if mode == "offline" else ""  # wandb continues no offline run
+        try:
+            self.wandb = wandb.init(
+                project=self.args.wandb_project, mode=self.args.wandb_mode, id=self.id + parts, resume="allow",
+                name=env.get("WANDB_NAME", self.path.name), group=env.get("WANDB_RUN_GROUP", self.id),
+                dir=env.get("WANDB_DIR", self.path), config=self.config)
+        except Exception as error:  # no key, no network
             fail(f"--track: wandb cannot start ({error}); log in, use --wandb-mode offline, or leave --track out")
 
-    @staticmethod
-    def on_signal(number, frame):
-        """The next checkpoint is the last one; a second signal ends at once."""
-        Run.signal = number
-        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(each, signal.SIG_DFL)
-
-    def append(self, name, data):
+    def write(self, name, data):
         """Bytes to the end of a file: all of them, or the run stops."""
         if self.files[name].write(data) != len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path / name))
         self.sizes[name] += len(data)
-        self.sums[name] = zlib.crc32(data, self.sums[name])
+        if name == "replay.bin":
+            self.replay_sum = zlib.crc32(data, self.replay_sum)
 
     def log(self, name, phase, env_step, grad_step, **values):
         """One record, a line of JSON."""
         where = {"phase": phase, "env_step": env_step, "grad_step": grad_step}
-        self.append(name, json.dumps(where | values).encode() + b"\n")
+        self.write(name, json.dumps(where | values).encode() + b"\n")
         if self.wandb and name == "metrics.jsonl":
             self.wandb.log({f"{phase}/{key}": value for key, value in values.items()} | where)
 
-    def log_losses(self, phase, env_step, grad_step, losses, **extra):
-        """Losses of the last update; one that is not finite ends the run."""
+    def log_losses(self, policy, phase, env_step, grad_step, losses, ceiling=0.0, **extra):
+        """Losses of the last update; one that is not finite ends the run. A mean |Q| or |V| over the ceiling is said
+        once: no true value is that large. A tenth is left for the error of the networks, and a ceiling of 0 is none."""
         values = {name: value.item() for name, value in losses.items()}
         if bad := [name for name, value in values.items() if not np.isfinite(value)]:
             fail(f"{bad[0]} is {values[bad[0]]} at {phase} step {grad_step}; the last checkpoint before is kept", 1)
+        size = max(values.get("losses/q_magnitude", 0.0), values.get("losses/v_magnitude", 0.0))
+        if size > 1.1 * ceiling > 0 and policy not in self.progress["diverged"]:
+            self.progress["diverged"][policy] = {"phase": phase, "env_step": env_step, "grad_step": grad_step,
+                                                 "magnitude": size, "ceiling": ceiling}
+            extra["diverged"] = policy
+            print(f"{policy} diverges: mean |Q| or |V| is {size:.4g} at {phase} step {grad_step}, and the data allow "
+                  f"{ceiling:.4g}", file=sys.stderr)
         self.log("metrics.jsonl", phase, env_step, grad_step, **values, **extra)
         speed = self.updates / max(time.perf_counter() - self.clock, 1e-9)
         self.log("timing.jsonl", phase, env_step, grad_step, **{"charts/SPS": speed, "time": time.time()})
@@ -1512,80 +1617,55 @@ class Run:
         for name, model in models.items():
             if not all(p.isfinite().all() for p in model.parameters()):
                 fail(f"{name} is not finite at {self.progress}; the checkpoint before is kept in {self.path}", 1)
-        for file in self.files.values():
+        for name, file in self.files.items():
             os.fsync(file.fileno())
+            if os.path.getsize(self.path / name) != self.sizes[name]:
+                fail(f"{self.path / name} was changed by another process; end it, then go on with --resume", 1)
         save_torch(self.path / "checkpoint.pt", {
-            "script": SCRIPT, "run_id": self.config["run_id"], "args": json.dumps(self.config["args"]),
-            "progress": self.progress, "sizes": self.sizes, "sums": self.sums,
+            "script": SCRIPT, "run_id": self.id, "args": json.dumps(self.config["args"]), "progress": self.progress,
+            "sizes": self.sizes, "replay_sum": self.replay_sum,
             "models": {name: state_of(model) for name, model in models.items()}})
         if self.signal:
             name = signal.Signals(self.signal).name
             fail(f"stopped by {name}; the checkpoint is written, continue with --resume", 128 + self.signal)
 
 
+def read_checkpoint(path, config, device):
+    """checkpoint.pt of a run directory; exit 2 if it does not belong to the files beside it."""
+    saved = load_torch(path / "checkpoint.pt", device, config["run_id"])
+    if saved["args"] != json.dumps(config["args"]):
+        fail(f"{path / 'checkpoint.pt'} does not belong to {path / 'config.json'}; restore the run's own")
+    for name, size in saved["sizes"].items():
+        if not (path / name).exists() or os.path.getsize(path / name) < size:
+            fail(f"{path / name} is shorter than it was at the checkpoint; restore it, or start the run again")
+    return saved
+
+
 def provenance(device):
-    """What a number needs beside it: versions, commit, hardware, command, time."""
+    """What a number needs beside it: the script's text, versions, commit, hardware, command, time."""
     packages = ("torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari")
     commit, cpu = None, platform.processor() or platform.machine()
     with suppress(OSError, subprocess.SubprocessError):
         git = ["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--dirty", "--abbrev=12"]
         commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
-    with suppress(OSError):
-        cpu = next((x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), cpu)
+    with suppress(OSError, TypeError):
+        cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
     return {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "commit": commit,
+            "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
             "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-            "hardware": {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-                         "matmul_precision": torch.get_float32_matmul_precision(),
+            "hardware": {"cpu": cpu, "cpu_capability": torch.backends.cpu.get_cpu_capability(), "cores": os.cpu_count(),
+                         "threads": torch.get_num_threads(), "matmul_precision": torch.get_float32_matmul_precision(),
                          "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None}}
-
-
-class Stream:
-    """An output stream whose reader may go away; where nobody looks, progress is written in lines."""
-
-    def __init__(self, stream):
-        self.stream, self.lines = stream or open(os.devnull, "w"), not (stream and stream.isatty())
-
-    def write(self, text):
-        with suppress(OSError, ValueError):
-            self.stream.write(text.replace("\r", "\n") if self.lines else text)
-        return len(text)
-
-    def flush(self):
-        try:
-            self.stream.flush()
-        except (OSError, ValueError):
-            self.stream = open(os.devnull, "w")
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-
-@contextmanager
-def one_line_errors():
-    """What can end a run from outside, said in one line."""
-    while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # a closed stream's number must not become that of a file
-        os.set_inheritable(number, True)
-    sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
-    try:
-        yield
-    except OSError as error:
-        fail(f"{error}; what was saved before is whole: put it right, then use --resume", 1)
-    except KeyboardInterrupt:
-        fail("interrupted", 130)
-    except (MemoryError, RuntimeError) as error:
-        if "torch._dynamo" in sys.modules and isinstance(error, torch._dynamo.exc.TorchDynamoException):
-            reason = re.sub("backend='.*' raised:", "", str(error)).strip().splitlines()[0]
-            cache = torch._inductor.runtime.cache_dir_utils.cache_dir()
-            fail(f"torch.compile: {reason}; delete its cache ({cache}), or give --compile off", 1)
-        if isinstance(error, RuntimeError) and "memory" not in str(error) and "alloc" not in str(error):
-            raise
-        fail(f"not enough memory ({str(error).splitlines()[0]}); use smaller networks, batches or budgets", 1)
 
 
 # === end shared block: run directory ===
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    try:
         main(parse_args())
+    except KeyboardInterrupt:
+        fail("interrupted; --resume goes on from the last checkpoint", 130)
+    except OSError as error:  # a full disk, say
+        fail(f"{error}; what was saved before is whole: put it right, then use --resume", 1)

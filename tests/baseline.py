@@ -1,13 +1,17 @@
 """What the tests of td3_rnd.py and pex.py have in common: runs in this process, and kills."""
 
 import copy
+import importlib.util
 import json
 import signal
+import sys
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from runner import Box
 
 HORIZON, KITCHEN_HORIZON = 30, 12  # of the episodes inside this process; kitchen is slow to simulate
@@ -15,8 +19,8 @@ HORIZON, KITCHEN_HORIZON = 30, 12  # of the episodes inside this process; kitche
 
 def small_words(*words):
     """Networks and intervals that take about a second."""
-    return [*"""--hidden-dims 16 16 --batch-size 16 --eval-episodes 1 --eval-every 10000 --log-every 10
-    --checkpoint-every 10""".split(), *map(str, words)]
+    return [*"""--hidden-dims 16 16 --batch-size 16 --eval-episodes 1 --final-episodes 2 --eval-every 10000
+    --log-every 10 --checkpoint-every 10""".split(), *map(str, words)]
 
 
 class Session:
@@ -38,7 +42,8 @@ class Session:
 
     def run(self, *words):
         self.agents.clear()
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+        handlers = {number: signal.getsignal(number) for number in numbers}
         try:
             return self.script.main(self.script.parse_args([str(word) for word in words]))
         finally:
@@ -71,28 +76,106 @@ def losses_of(run, phase):
 
 
 def check_scores(script, run, rows, times, agent):
-    """The table, results.json, evals.jsonl and the saved policies agree."""
-    assert json.loads((run / "results.json").read_text())["rows"] == rows
-    assert [row["env_step"] for row in rows] == times
+    """The table, results.json and the saved policies agree; the final start states are not those of the curves."""
+    results = json.loads((run / "results.json").read_text())
+    config = json.loads((run / "config.json").read_text())
+    assert results["rows"] == rows and [row["env_step"] for row in rows] == times and results["diverged"] == {}
+    assert results["run_id"] == config["run_id"] and results["source_run_id"] == config["source_run_id"]
     evaluations = {r["env_step"]: r["episodes"] for r in read_lines(run / "evals.jsonl") if r["phase"] == "online"}
     assert evaluations.keys() == {0, *times}
     for row in rows:
-        returns = [episode["return"] for episode in evaluations[row["env_step"]]]
-        assert row["policy"]["eval/return"] == pytest.approx(np.mean(returns))
+        assert row.keys() == {"env_step", "policy"}
+        episodes = row["policy"]["per_episode"]
+        assert len(episodes) == row["policy"]["eval/episodes"] == 2
+        assert row["policy"]["eval/return"] == pytest.approx(np.mean([episode["return"] for episode in episodes]))
+    ends = np.cumsum([episode["length"] for episode in results["training_episodes"]]).tolist()
+    assert [episode["env_step"] for episode in results["training_episodes"]] == ends and ends[-1] == times[-1]
     saved = {t: script.load_policy(run / f"policy_{t}.pt") for t in times}
+    for path in run.glob("*.pt"):
+        assert torch.load(path, weights_only=True)["run_id"] == config["run_id"]
     for name, value in agent.state_dict().items():  # the last one is the agent as it is now
         assert torch.equal(saved[times[-1]].state_dict()[name], value), name
     action = saved[times[-1]].act(np.ones(agent.options["obs_dim"], np.float32))
     assert action.shape == (agent.options["act_dim"],) and action.dtype == np.float32 and np.abs(action).max() <= 1
 
 
+def check_divergence_is_said(session, words, capsys):
+    """A ceiling that is passed: one line, one record, and a place in results.json."""
+    session.monkeypatch.setattr(session.script, "value_ceiling", lambda *_: 1e-6)
+    session.run(*words)
+    err, (run,) = capsys.readouterr().err, Path("runs").iterdir()
+    assert err.count("policy diverges") == 1
+    records = [r for r in read_lines(run / "metrics.jsonl") if "diverged" in r]
+    (said,) = json.loads((run / "results.json").read_text())["diverged"].items()
+    assert len(records) == 1 and records[0]["diverged"] == said[0] == "policy"
+    assert said[1] == {**{k: records[0][k] for k in ("phase", "env_step", "grad_step")}, "ceiling": 1e-6,
+                       "magnitude": max(v for k, v in records[0].items() if k.endswith("_magnitude"))}
+
+
+def with_own_task(script, folder, gym_id):
+    """The script, imported anew with a row for another environment in TASKS."""
+    text = (ROOT / f"{script}.py").read_text()
+    assert text.count("TASKS = {\n") == 1
+    row = f'TASKS = {{\n    "mine": Task("own", "{gym_id}", {HORIZON}, (), {{}}, {{}}),\n'
+    path = folder / f"{script}_own.py"
+    path.write_text(text.replace("TASKS = {\n", row))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def check_own_task(script, folder, monkeypatch, words, gym_id):
+    """A row of TASKS and an .npz are enough: actions are scaled to the environment's range, and terminations count."""
+    env, rng, rows = gym.make(gym_id), np.random.default_rng(0), []
+    high = env.action_space.high
+    for seed in range(4):
+        obs, done = env.reset(seed=seed)[0], False
+        for step in range(HORIZON):
+            action = rng.uniform(-high, high).astype(np.float32)
+            next_obs, reward, done, _, _ = env.step(action)
+            rows.append((obs, action, reward, done, step == HORIZON - 1 and not done, next_obs))
+            obs = next_obs
+            if done:
+                break
+    keys = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
+    data = dict(zip(keys, map(np.array, zip(*rows, strict=True)), strict=True))
+    np.savez(folder / "mine.npz", **data)
+
+    session = Session(with_own_task(script, folder, gym_id), monkeypatch)
+    module, tables = session.script, []
+    session.spy("ReplayBuffer", lambda table, *_: tables.append(table))
+    session.run("--env-id", "mine", "--dataset-path", "mine.npz", "--online-steps", 60, "--save-at", *words)
+    np.testing.assert_allclose(tables[0]["actions"], (data["actions"] / high).clip(-1 + 1e-5, 1 - 1e-5), atol=1e-6)
+    np.testing.assert_array_equal(tables[0]["terminations"], data["terminals"])
+    run = Path(f"runs/mine__{script}_own__1")
+    columns = json.loads((run / "config.json").read_text())["replay_columns"]
+    replay = np.fromfile(run / "replay.bin", np.float32).reshape(60, -1)
+    online = {name: replay[:, start:end] for name, (start, end) in columns.items()}
+    # The first episode again, in the environment itself.
+    obs, done, t = env.reset(seed=module.derive_seed(1, "training episode", 0))[0], False, 0
+    while not done and t < HORIZON:
+        np.testing.assert_allclose(online["observations"][t], obs, rtol=1e-5, atol=1e-5)
+        obs, reward, done, _, _ = env.step(high * online["actions"][t].clip(-1, 1))
+        assert online["terminations"][t, 0] == done and online["rewards"][t, 0] == pytest.approx(reward, rel=1e-4)
+        t += 1
+    assert online["episodes"][t, 0] == online["episodes"][0, 0] + 1
+    assert done == (gym_id == "InvertedPendulum-v5")
+
+
 def outcome(run):
-    """What is the same in every run: all bytes, but for times, ids and the run's name; of the last checkpoint the
-    learners and counters."""
-    differ = {"timing.jsonl", "config.json", ".lock", "checkpoint.pt"}
+    """What is the same in every run: all but times, ids, the run's name and its settings."""
+    differ = {"timing.jsonl", "config.json", ".lock"}
     found = {path.name: path.read_bytes() for path in run.iterdir() if path.name not in differ}
-    checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
-    return found | {"checkpoint.pt": flat({name: checkpoint[name] for name in ("models", "progress")})}
+    for name, content in found.items():
+        if name.endswith(".pt"):
+            content = flat(torch.load(run / name, weights_only=True))
+        elif name == "results.json":
+            content = json.loads(content)
+        if isinstance(content, dict):
+            found[name] = {k: v for k, v in content.items()
+                           if k not in ("run_id", "source_run_id", "exp_name", "args", "sizes")}
+    return found
 
 
 def flat(content):

@@ -22,11 +22,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ["torch", "torch._dynamo", "numpy", "gymnasium", "gymnasium_robotics", "mujoco", "minari", "h5py", "tyro",
-            "tqdm", "psutil", "huggingface_hub.constants"]
+            "tqdm", "pydantic", "huggingface_hub.constants"]
 
 # Networks and budgets that take about a second; episodes of pen-binary-v0 have 100 steps.
-SMALL = """--hidden-dims 16 16 --rnd-hidden-dims 16 16 --batch-size 16 --eval-episodes 1 --eval-every 10000
---log-every 20 --checkpoint-every 10 --offline-steps 30 --online-steps 130 --retrain-at 70 130
+SMALL = """--hidden-dims 16 16 --rnd-hidden-dims 16 16 --batch-size 16 --eval-episodes 1 --final-episodes 1
+--eval-every 10000 --log-every 20 --checkpoint-every 10 --offline-steps 30 --online-steps 130 --retrain-at 70 130
 --retrain-steps 30""".split()
 
 
@@ -127,6 +127,11 @@ def run_as_main(folder, script, args, paths, env, file_limit, signal_at, limit_o
         sys.addaudithook(Signaller(*signal_at))
     if limit_of is not None:
         builtins.open = io.open = functools.partial(limited_open, builtins.open, *limit_of)
+    if "TIMES" in os.environ:
+        import resource as r
+        u0=r.getrusage(r.RUSAGE_SELF).ru_utime
+        import multiprocessing.util as mu
+        mu.Finalize(None, lambda: print("CPU", r.getrusage(r.RUSAGE_SELF).ru_utime-u0, file=sys.stderr), exitpriority=1)
     runpy.run_path(script, run_name="__main__")
 
 

@@ -1,5 +1,5 @@
-"""calql_ooo.py: updates against the authors' own learner, returns, hand-made cases of the conservative term, mixing,
-what each task makes of its data, all phases, resume, errors.
+"""calql_ooo.py: updates with importance sampling against the authors' own learner (there are no vectors without it),
+returns, hand-made cases of the conservative term, mixing, what each task makes of its data, all phases, resume, errors.
 
 What the shared blocks do is tested on iql_ooo.py; here is what only this script does.
 """
@@ -16,11 +16,17 @@ import numpy as np
 import pytest
 import torch
 from runner import SMALL, Box
-from test_golden import INFOS, check_rnd_state, check_step, close, load, read, tensors
+from test_golden import INFOS, check_rnd_state, check_step, close, load, read, rnd_parameters, stack_parameters, tensors
 
 import calql_ooo as ooo
 
-PEN, CPU = "pen-binary-v0", torch.device("cpu")
+PEN, HAMMER, MAZE = "pen-binary-v0", "hammer-truncated-expert-v1", "maze2d-missing-data-large-v1"
+CPU = torch.device("cpu")
+
+
+def parse(*words):
+    return ooo.parse_args([str(word) for word in words])
+
 
 # === golden vectors ===
 
@@ -54,42 +60,14 @@ def parameters(agent, rnd=None):
         out["log_alpha_prime"] = (agent.log_alpha_prime, None)
     for name in ("log_std_multiplier", "log_std_offset"):
         out[f"policy.{name}"] = (getattr(agent.actor, name), None)
-    networks = {"policy": agent.actor.net}
-    networks |= {"rnd_predictor": rnd.predictor, "rnd_target": rnd.target} if rnd else {}
-    for prefix, network in networks.items():
-        for i, layer in enumerate(network.layers):
-            out[f"{prefix}.{i}.weight"], out[f"{prefix}.{i}.bias"] = (layer.weight, None), (layer.bias, None)
-    return out
-
-
-def critics(agent):
-    """(golden prefix, member, critic) of the four Q functions."""
-    return [(f"{kind}qf{member + 1}", member, critic) for member in (0, 1)
-            for kind, critic in (("", agent.critic), ("target_", agent.critic_target))]
-
-
-@torch.no_grad()
-def load_all(data, agent, rnd):
-    load(data, parameters(agent, rnd))
-    for prefix, member, critic in critics(agent):
+    layers = range(len(agent.actor.net.weights))
+    out |= stack_parameters(agent.actor.net, [f"policy.{i}" for i in layers], single=True)
+    for prefix, critic in (("", agent.critic), ("target_", agent.critic_target)):
         for i, (weight, bias) in enumerate(zip(critic.weights, critic.biases, strict=True)):
-            weight[member] = torch.from_numpy(data[f"step0/{prefix}.{i}.weight"]).T
-            bias[member, 0] = torch.from_numpy(data[f"step0/{prefix}.{i}.bias"])
-
-
-def check_critics(data, agent, step):
-    moments = {id(p): state["exp_avg"] for optimizer in agent.optimizers for p, state in optimizer.state.items()}
-    for prefix, member, critic in critics(agent):
-        for i, (weight, bias) in enumerate(zip(critic.weights, critic.biases, strict=True)):
-            for name, parameter in (("weight", weight), ("bias", bias)):
-                key = f"{prefix}.{i}.{name}"
-                if f"step{step}/{key}" in data:
-                    close(parameter[member].T.squeeze(-1) if name == "bias" else parameter[member].T,
-                          data[f"step{step}/{key}"], 1e-5, f"step {step} {key}")
-                if step == 1 and f"step1/adam_m/{key}" in data:
-                    moment = moments[id(parameter)][member].T
-                    moment = moment.squeeze(-1) if name == "bias" else moment
-                    close(10 * moment, 10 * data[f"step1/adam_m/{key}"], 1e-4, f"gradient {key}")
+            for member in (0, 1):
+                out[f"{prefix}qf{member + 1}.{i}.weight"] = weight, lambda value, member=member: value[member].T
+                out[f"{prefix}qf{member + 1}.{i}.bias"] = bias, lambda value, member=member: value[member, 0]
+    return out | (rnd_parameters(rnd) if rnd else {})
 
 
 def draws(data, loss, step, hyper):
@@ -136,9 +114,9 @@ def replay(name, results, **changes):
     data, hyper = read(name)
     agent, args, rnd = make(hyper)
     args = replace(args, **changes)
-    load_all(data, agent, rnd)
     wanted = read(results)[0]
     named = parameters(agent, rnd)
+    load(data, named)
     for step in range(hyper["steps"]):
         batch = tensors(data, "batch/", step)
         batch |= {"masks": 1 - batch["dones"], "lower_bounds": batch["mc_returns"]}
@@ -184,12 +162,12 @@ def replay(name, results, **changes):
             close(info["losses/alpha_prime_value"], wanted["info/cql.alpha_prime"][step], INFOS, "multiplier")
         optimizers = (*agent.optimizers, *(rnd.optimizers if rnd else ()))
         if f"step{step + 1}/log_alpha" in wanted:
-            assert check_step(wanted, named, optimizers, step + 1) >= 9
-        check_critics(wanted, agent, step + 1)
+            compared = check_step(wanted, named, optimizers, step + 1)
         if rnd:
             check_rnd_state(rnd, {key[len(f"step{step + 1}/"):]: value for key, value in wanted.items()
                                   if key.startswith(f"step{step + 1}/rnd_")})
     assert "step2/log_alpha" in wanted and step == 1
+    assert compared == len(named) - (6 if rnd else 0)  # the fixed RND target is stored once
 
 
 @pytest.mark.parametrize("name", ["calql", "calql_lagrange", "cql_featnorm_qbounds", "sac_no_cql", "calql_rnd"])
@@ -266,10 +244,19 @@ def test_only_successful_episodes_up_to_their_last_success():
         ooo.prepare_data(ooo.Args(successful_only=True), columns([-1], [0], [0]), {})
 
 
-def test_ends_of_truncated_demonstrations_are_terminal():
-    data = columns([1, 1, 1, 1], [0, 0, 1, 1], [0, 1, 0, 1])
-    kept = ooo.prepare_data(ooo.Args(terminate_offline_ends=True, infinite_horizon=True), data, {})
-    assert kept["terminations"].tolist() == [0, 1, 0, 1] and kept["lower_bounds"][1] == 1
+@pytest.mark.parametrize("words", [[], ["--bootstrap-at-cut"]], ids=["code", "bootstrap"])
+def test_the_cut_of_a_demonstration_is_terminal(tiny, words):
+    """Choice 18. No end is terminal where the episode itself ended."""
+    tiny(HAMMER)
+    args = replace(parse("--env-id", HAMMER, *words), infinite_horizon=True)
+    data, report = ooo.load_dataset(args, ooo.make_env(HAMMER), 1)
+    data = ooo.prepare_data(args, data, report)
+    cuts = np.flatnonzero(np.diff(data["episodes"], append=-1))
+    assert len(cuts) > 1 and np.flatnonzero(data["terminations"]).tolist() == ([] if words else cuts.tolist())
+    tail = data["rewards"][cuts] * (1 if not words else 1 + 0.99 / (1 - 0.99))
+    np.testing.assert_allclose(data["lower_bounds"][cuts], tail, rtol=1e-5)
+    longer = replace(args, truncate_episodes=1000)
+    assert not ooo.load_dataset(longer, ooo.make_env(HAMMER), 1)[0]["terminations"].any()
 
 
 # === the conservative term ===
@@ -422,18 +409,18 @@ def test_first_weights():
     """Last layers start small, orthogonal with gain 0.01; policy and target critics as the official code has them."""
     agent = ooo.Agent(5, 2, (8, 8), (16, 8), CPU)
     rnd = ooo.RND(5, (16, 8, 8), 1e-4, CPU)
-    last = (*(net.layers[-1].weight for net in (agent.actor.net, rnd.predictor, rnd.target)),
-            *(w.T for w in agent.critic.weights[-1]))
+    last = (rnd.predictor[-1].weight, rnd.target[-1].weight,
+            *(w.T for net in (agent.actor.net, agent.critic) for w in net.weights[-1]))
     for weight in last:
         torch.testing.assert_close(weight @ weight.T, 1e-4 * torch.eye(len(weight)))
-    for weight in (agent.actor.net.layers[1].weight, rnd.target.layers[1].weight, agent.critic.weights[1][0].T):
+    for weight in (agent.actor.net.weights[1][0].T, rnd.target[2].weight, agent.critic.weights[1][0].T):
         torch.testing.assert_close(weight @ weight.T, 2 * torch.eye(len(weight)), rtol=1e-5, atol=1e-5)
     assert (agent.log_alpha.item(), agent.actor.log_std_offset.item()) == (0.0, -1.0)
     assert all(map(torch.equal, agent.critic.parameters(), agent.critic_target.parameters()))
     mean, log_std = agent.actor(torch.zeros(1, 5))
     assert not mean.any() and (log_std == -1).all()
-
-
+    obs = np.ones((3, 4, 5), np.float32)  # act takes any leading axes
+    np.testing.assert_array_equal(agent.act(obs)[1, 2], agent.act(obs[0, 0]))
 
 
 COLUMNS = dict(observations=6, actions=3, rewards=0, next_observations=6, terminations=0, episodes=0, lower_bounds=0)
@@ -447,30 +434,35 @@ def make_buffer(rows, online=0, seed=0):
     return ooo.ReplayBuffer(data, online, CPU)
 
 
-def train(compiled, updates=4):
-    """Parameters and losses after updates of make_update on the same rows: RND, Lagrange, bounds."""
+def train(compiled, updates=300):
+    """Losses of updates of make_update on the same rows: RND, Lagrange, bounds."""
     torch.manual_seed(0)
     args = ooo.Args(rnd_hidden_dims=(8, 8, 8), cql_target_gap=0.8, hidden_dims=(16, 16), critic_hidden_dims=(16, 16),
                     cql_actions=3, compile=compiled)
-    buffer = make_buffer(100)
+    buffer = make_buffer(1600)
     agent, rnd = ooo.make_agent(args, buffer, CPU, exploitation=True), ooo.make_rnd(args, buffer, CPU)
     agent.q_bounds.copy_(torch.tensor([-9.0, 9.0]))
     update = ooo.make_update(args, buffer, agent, rnd)
     losses = []
-    for start in range(updates):
-        torch.manual_seed(start)
-        losses.append({k: v.item() for k, v in update(buffer.data[16 * start : 16 * start + 16]).items()})
+    for step in range(updates):
+        torch.manual_seed(step)
+        start = 16 * step % 1600
+        losses.append({k: v.item() for k, v in update(buffer.data[start : start + 16]).items()})
     return {**agent.state_dict(), **{f"rnd.{k}": v for k, v in rnd.state_dict().items()}}, losses
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="no C++ compiler")
 def test_compiled_update_equals_eager():
+    """300 updates: losses within 0.1 % at first, within 1 % of the eager ones' largest value at the end, where rounding
+    has had its time to grow."""
     (state, losses), (eager, eager_losses) = train("on"), train("off")
     for name, value in eager.items():
-        torch.testing.assert_close(state[name], value, rtol=1e-4, atol=3e-5, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(state[name], value, rtol=1e-2, atol=3e-3, msg=lambda text, n=name: f"{n}: {text}")
+    largest = {name: max(abs(record[name]) for record in eager_losses) for name in eager_losses[0]}
     for step, (a, b) in enumerate(zip(losses, eager_losses, strict=True)):
-        assert a == pytest.approx(b, rel=1e-3, abs=1e-5), step
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-5) or step >= 5, step
+        assert all(abs(a[name] - b[name]) <= 0.01 * largest[name] for name in b), step
 
 
 # === batches ===
@@ -484,13 +476,46 @@ def test_batches_have_fixed_numbers_of_offline_rows():
     def draw(size, ratio, k=0):
         return buffer.split(ooo.mixed_rows(buffer, size, 40, ratio, extra, k))["rewards"]
 
-    for ratio, want in ((0.25, 10), (0.5, 20), (1.0, 40), (0.0, 0), (None, 30)):  # None: 60 of 80
+    # None: 60 of 80, or of 62. Shares are rounded down (choice 19): 0.49 of 40 is 19.6, 60 / 62 of 40 is 38.7.
+    cases = ((80, 0.25, 10), (80, 0.5, 20), (80, 1.0, 40), (80, 0.0, 0), (80, None, 30), (80, 0.49, 19), (62, None, 38))
+    for size, ratio, want in cases:
         for _ in range(20):
-            rows = draw(80, ratio)
-            assert len(rows) == 40 and (rows < 60).sum() == want and rows.max() < 80
+            rows = draw(size, ratio)
+            assert len(rows) == 40 and (rows < 60).sum() == want and rows.max() < size
     assert (draw(60, 0.25) < 60).all()  # nothing online yet
     rows = draw(80, 0.5, 16)
     assert len(rows) == 56 and set(rows[-16:].tolist()) == {7.0, 8.0}
+
+
+def test_upsampled_rows_are_online_rows_of_the_largest_reward():
+    """Choice 19: never offline ones, never beyond t; without a success all online rows have the largest reward."""
+    buffer = make_buffer(60, 40)
+    rewards = buffer.data[:, buffer.columns["rewards"]]
+    rewards[:] = 0
+    rewards[5] = rewards[70] = rewards[80] = 1
+    rewards[99] = 30
+    args = ooo.Args(retrain_upsample=32)
+
+    def rows(t, **settings):
+        return list(map(int, ooo.high_reward_rows(replace(args, **settings), buffer, t)))
+
+    assert rows(39) == [70, 80] and rows(40) == [99] and rows(10) == [*range(60, 70)]
+    assert rows(40, upsample_reward=1.0) == [70, 80, 99] and rows(40, upsample_reward=31.0) == []
+    assert rows(39, upsample_reward=25.0) == [] and rows(40, upsample_reward=25.0) == [99]  # hammer's
+    assert rows(0) == rows(40, retrain_upsample=0) == []
+
+
+def test_value_ceiling():
+    """The largest |reward| with its bonus / (1 - gamma); none where the target has an unbounded entropy."""
+    rnd = ooo.RND(5, (8, 8), 1e-4, CPU, "max", "paper")
+    given = [rnd.update(torch.randn(16, 5), torch.randn(16, 5))[0].max().item() for _ in range(3)]
+    raw = torch.tensor([-1.0, 0.0, 0.5])
+    args = ooo.Args(reward_scale=10.0, reward_bias=0.25, retrain_reward_scale=1.0, intrinsic_reward_scale=2.0,
+                    gamma=0.9)
+    assert ooo.value_ceiling(args, raw, rnd) == pytest.approx((7.5 + 2 * max(given)) / 0.1)
+    assert ooo.value_ceiling(args, raw) == pytest.approx(75)
+    assert ooo.value_ceiling(args, raw, exploitation=True) == pytest.approx(7.5)
+    assert ooo.value_ceiling(replace(args, backup_entropy=True), raw, rnd) == 0
 
 
 def test_bounds_widen():
@@ -515,10 +540,6 @@ def test_reasons_to_stop():
 
 
 # === arguments ===
-
-
-def parse(*words):
-    return ooo.parse_args([str(word) for word in words])
 
 
 def test_task_settings():
@@ -626,20 +647,20 @@ def stored(run):
 def test_all_phases(env_id, tiny, session):
     """Finite losses everywhere, all networks move, and each phase has its own rewards, bounds and Q functions."""
     tiny(env_id)
-    times = [40, 80]
+    times = [0, 40, 80]
     rows, agents, updates = session("--env-id", env_id, *TINY, "--offline-steps", 30, "--online-steps", 80,
                                     "--retrain-at", *times, "--retrain-steps", 25)
     run, args = directory(env_id), parse("--env-id", env_id, *TINY)
     assert [row["env_step"] for row in rows if row["exploration"] and row["exploitation"]] == times
     for record in metrics(run):
         assert all(isinstance(value, str | bool) or math.isfinite(value) for value in record.values()), record
-    shared = {"critic", "actor", "alpha", "alpha_value", "entropy", "q_mean", "next_q_mean", "cql"}
+    shared = {"critic", "actor", "alpha", "alpha_value", "entropy", "q_mean", "q_magnitude", "next_q_mean", "cql"}
     shared |= {"alpha_prime", "alpha_prime_value"} if args.cql_target_gap else set()
     explored = {"bound_rate_uniform", "bound_rate_policy", "rnd"}
     for phase, more in (("pretrain", explored), ("online", explored), ("retrain", set())):
         logged = [r for r in metrics(run, phase) if "losses/critic" in r]
         assert logged and {n for n in logged[-1] if n.startswith("losses")} == {f"losses/{n}" for n in shared | more}
-    assert len(agents) == 3
+    assert len(agents) == 4
     for agent, first in agents:
         state = agent.state_dict()
         assert [name for name in state if torch.equal(state[name], first[name])] in ([], ["q_bounds"])
@@ -658,10 +679,14 @@ def test_all_phases(env_id, tiny, session):
         scaled = (raw[: buffer.offline_size + t] + bias) * scale / (1 - 0.99)
         assert agent.q_bounds.tolist() == pytest.approx([scaled.min().item(), scaled.max().item()], rel=1e-4)
     want = {"reward_scale": scale, "reward_bias": bias, "mask_reward": mask}
-    assert {name: ooo.pick(args, name, True) for name in want} == want
-    assert ooo.pick(args, "mask_reward", False) is None
+    assert {name: ooo.phase_setting(args, name, True) for name in want} == want
+    assert ooo.phase_setting(args, "mask_reward", False) is None
 
-    # A saved policy is the agent's.
+    # A saved policy is the agent's, and knows its run.
+    run_id = json.loads((run / "config.json").read_text())["run_id"]
+    policies = [*run.glob("exploration_*.pt"), *run.glob("exploitation_*.pt"), run / "pretrained.pt"]
+    assert len(policies) == 7
+    assert all(torch.load(path, weights_only=True)["run_id"] == run_id for path in policies)
     agent = ooo.load_policy(run / f"exploitation_{times[-1]}.pt")
     obs = np.ones(buffer.obs_dim, np.float32)
     np.testing.assert_array_equal(agent.act(obs), exploit[-1][2].act(obs))
@@ -766,6 +791,21 @@ def test_intrinsic_returns(tiny, session, monkeypatch):
     torch.testing.assert_close(online["lower_bounds"], returns(parse(*words), online))
 
 
+def test_divergence_is_said(tiny, session, monkeypatch, capsys):
+    """Once for each policy, with the ceiling of its own rewards: pen's are 10 (r + 0.5), here 2 r in the retraining."""
+    tiny(PEN)
+    update = ooo.calql_update
+    monkeypatch.setattr(ooo, "calql_update", lambda *args: update(*args) | {"losses/q_magnitude": torch.tensor(1e4)})
+    session("--env-id", PEN, *TINY, "--online-steps", 40, "--retrain-at", 40, "--retrain-steps", 40, "--gamma", 0.9,
+            "--retrain-reward-scale", 2, "--retrain-reward-bias", 0)
+    diverged = json.loads((directory(PEN) / "results.json").read_text())["diverged"]
+    assert diverged["exploitation 40"] == {"phase": "retrain", "env_step": 40, "grad_step": 20, "magnitude": 1e4,
+                                           "ceiling": pytest.approx(2 / 0.1, rel=1e-4)}
+    assert diverged["exploration"]["grad_step"] == 20 and diverged["exploration"]["ceiling"] > 5 / 0.1  # and the bonus
+    assert [r["diverged"] for r in metrics(directory(PEN)) if "diverged" in r] == ["exploration", "exploitation 40"]
+    assert capsys.readouterr().err.count("diverges") == 2
+
+
 def test_without_intrinsic_reward_there_is_no_rnd(tiny, session):
     tiny(PEN)
     _, _, updates = session("--env-id", PEN, *TINY, "--intrinsic-reward-scale", 0, "--online-steps", 30,
@@ -775,21 +815,22 @@ def test_without_intrinsic_reward_there_is_no_rnd(tiny, session):
 
 
 def test_upsampling_comes_on_top(tiny, session, monkeypatch):
-    tiny("maze2d-missing-data-large-v1")
-    sizes = []
+    """Of the online rows; so there is none at t = 0, nor without a reward that high."""
+    tiny(MAZE)
+    drawn = []
     mixed = ooo.mixed_rows
 
-    def watch(*args):
-        rows = mixed(*args)
-        sizes.append(len(rows))
+    def watch(buffer, *args):
+        rows = mixed(buffer, *args)
+        drawn.append((len(rows), bool((buffer.split(rows[16:])["episodes"] >= buffer.offline_episodes).all())))
         return rows
 
     monkeypatch.setattr(ooo, "mixed_rows", watch)
-    words = ["--env-id", "maze2d-missing-data-large-v1", *TINY, "--offline-steps", 1, "--online-steps", 5,
-             "--retrain-at", 5, "--retrain-steps", 4]
-    session(*words, "--upsample-reward", 0)
-    session(*words, "--exp-name", "none")  # no success in the data: uniform sampling
-    assert sizes == [16] * 5 + [48] * 4 + [16] * 5 + [16] * 4
+    words = ["--env-id", MAZE, *TINY, "--offline-steps", 1, "--online-steps", 5, "--retrain-at", 0, 5,
+             "--retrain-steps", 4]
+    session(*words)
+    session(*words, "--upsample-reward", 2, "--exp-name", "none")
+    assert drawn == [(16, True)] * 9 + [(48, True)] * 4 + [(16, True)] * 13
 
 
 def test_early_stop(tiny, session, monkeypatch, capsys):
@@ -839,10 +880,10 @@ RUN = ["--env-id", PEN, *TINY, *"""--offline-steps 15 --online-steps 110 --retra
 --log-every 7 --checkpoint-every 5 --intrinsic-returns-every 8 --intrinsic-bound --q-reward-bounds -1 0.5 --eval-every 6
 --cql-target-gap 0.8 --retrain-early-stop 9""".split()]
 MOMENTS = {
-    "pretraining": ("os.rename", "/checkpoint.pt", 3),
-    "online, after a checkpoint": ("os.rename", "/checkpoint.pt", 5),
+    "pretraining": ("os.rename", "/checkpoint.pt", 4),
+    "online, after a checkpoint": ("os.rename", "/checkpoint.pt", 6),
     "online, between the data and their checkpoint": ("os.rename", "/exploration_110.pt", 1),
-    "retraining, after a checkpoint": ("os.rename", "/checkpoint.pt", 7),
+    "retraining, after a checkpoint": ("os.rename", "/checkpoint.pt", 8),
     "retraining, between the policy and its checkpoint": ("os.rename", "/exploitation_70.pt", 1),
 }
 
@@ -892,7 +933,6 @@ def test_killed(whole, calql_box, moment):
         (["--env-id", PEN, "--dataset-id", "mine/large-v0"], "mine/large-v0"),
         (["--exploit-only", "nowhere"], "nowhere"),
         (["--eval-only", "nowhere"], "nowhere"),
-        (["--env-id", PEN, "--online-steps", 10**10], "GiB"),
     ],
 )
 def test_bad_input(tiny, tmp_path, words, named):

@@ -10,7 +10,6 @@ import io
 import json
 import shutil
 import zipfile
-from types import SimpleNamespace
 
 import gymnasium as gym
 import h5py
@@ -38,14 +37,13 @@ def load(env_id, seed=1, **options):
 
 
 def refused(capsys, env_id, **options):
-    """One line (after warnings) and status 2; returns the line."""
+    """One line and status 2; returns the line."""
+    capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         load(env_id, **options)
     out, err = capsys.readouterr()
-    *warnings, line = err.splitlines()
-    assert stop.value.code == 2 and line.startswith("error: ") and not out, (err, out)
-    assert all(warning.startswith("warning: ") for warning in warnings), err
-    return line
+    assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and not out, (err, out)
+    return err
 
 
 def vectors(env_id, episode):
@@ -161,6 +159,36 @@ def test_truncating_longer_than_the_episodes_keeps_all(tiny):
     assert load(HAMMER, truncate_episodes=25)[1]["removed_by_truncation"] == 0
 
 
+@pytest.mark.parametrize("bootstrap", [True, False])
+@pytest.mark.parametrize("cut", [0, 10, 20, 40])
+def test_no_bootstrap_at_cut(tmp_path, cut, bootstrap):
+    """Masks are 0 where --truncate-episodes has really cut: in the last row of an episode that was longer."""
+    lengths = (10, 20, 21, 35, 9)
+    n, ends = sum(lengths), np.cumsum(lengths) - 1
+    columns = flat(n, 46, 26, timeouts=at(n, *ends), next_observations=successors(*ends, n=n, obs_dim=46))
+    data, report = load(HAMMER, dataset_path=save(tmp_path, columns), truncate_episodes=cut, bootstrap_at_cut=bootstrap)
+    want = [[0.0] * min(length, cut or length) for length in lengths]
+    for steps, length in zip(want, lengths, strict=True):
+        steps[-1] = float(not bootstrap and 0 < cut < length)
+    assert data["terminations"].tolist() == sum(want, [])
+    assert report["transitions"] == sum(map(len, want))
+
+
+def test_no_bootstrap_at_cut_beside_terminations(tmp_path):
+    """Antmaze's own terminations stay; the cut goes with the row that a disc or the subset takes away."""
+    observations = np.zeros((12, 29), np.float32)
+    observations[:, 0] = np.linspace(13.3, 14.4, 12)  # at the goal from 14.3 on
+    observations[:, 1] = -12.55
+    path = save(tmp_path, flat(observations=observations, actions=np.zeros((12, 8)), timeouts=at(12, 11)))
+    reached = load(ANT, dataset_path=path)[0]["terminations"]
+    assert 0 < reached.sum() < 11
+    cut = load(ANT, dataset_path=path, truncate_episodes=4, bootstrap_at_cut=False)[0]["terminations"]
+    assert cut.tolist() == [*reached[:3], 1.0]
+    disc = ((float(observations[3, 0]), -12.55, 0.05),)
+    left = load(ANT, dataset_path=path, truncate_episodes=4, bootstrap_at_cut=False, remove_discs=disc)[0]
+    assert left["terminations"].tolist() == reached[:3].tolist()
+
+
 # === kitchen ===
 
 
@@ -271,30 +299,22 @@ def test_nothing_left_is_an_error(tiny, capsys):
     assert "nothing is left" in refused(capsys, POINT, remove_discs=((0.0, 0.0, 100.0),))
 
 
-def test_a_disc_that_removes_nothing_is_said(tiny, capsys):
-    tiny(POINT)
-    discs = ((3.5, -3.0, 1.0), (100.0, 0.0, 1.0), (3.5, -3.0, -1.0))
-    load(POINT, remove_discs=discs[:1])
-    assert "removes nothing" not in capsys.readouterr().err
-    _, report = load(POINT, remove_discs=discs)
-    assert [disc[3] > 0 for disc in report["removed_by_discs"]] == [True, False, False]
-    err = capsys.readouterr().err
-    assert err.count("removes nothing") == 2 and "100 0 1" in err and "3.5 -3 -1" in err
-
-
-def test_positions_in_other_coordinates_are_said(tmp_path, capsys):
+@pytest.mark.parametrize("maze", ["large", "medium", "umaze"])
+def test_positions_in_other_coordinates_are_refused(tmp_path, capsys, maze):
     """D4RL's maze2d has its origin in a corner: (row, column) where gymnasium-robotics has x, y from the center."""
-    env = environment(POINT)
-    cells = np.argwhere(env.free_cells())
+    env_id = f"maze2d-missing-data-{maze}-v1"
+    env = environment(env_id)
+    cells = np.array(sorted(env.distances))
     ours = np.array([env.unwrapped.maze.cell_rowcol_to_xy(cell) for cell in cells])
-    for positions, outside in ((ours, False), (cells, True)):
+    for positions in (ours, cells):
         observations = np.zeros((len(cells), 4), np.float32)
         observations[:, :2] = positions
-        columns = flat(len(cells), observations=observations, timeouts=None, next_observations=observations + 9)
-        _, report = load(POINT, dataset_path=save(tmp_path, columns))
-        assert report["positions_in_walls"] == int(env.in_walls(positions).sum())
-        assert (report["positions_in_walls"] > 0) == outside
-        assert ("coordinates" in capsys.readouterr().err) == outside
+        columns = flat(len(cells), observations=observations, timeouts=None, next_observations=observations + 0.1)
+        path = save(tmp_path, columns)
+        if positions is ours:
+            assert load(env_id, dataset_path=path)[1]["transitions"] == len(cells)
+        else:
+            assert "coordinates" in refused(capsys, env_id, dataset_path=path)
 
 
 # === datasets that cannot be right ===
@@ -392,14 +412,12 @@ def test_parts_of_a_nested_observation(changed, capsys, name):
     assert "D4RL/kitchen/complete-v2" in refused(capsys, "kitchen-complete-v0")
 
 
-def foreign_dataset(tiny, task, dataset_id, env_id, **kwargs):
+def foreign_dataset(tiny, task, dataset_id, env_id):
     """A dataset with the content of a task's and the description of another environment (None: without one)."""
     if dataset_id not in tiny.made:
         tiny.made[dataset_id] = next(iter(tiny(task).values()))
         env = environment(task).env.unwrapped
         spec = copy.deepcopy(gym.spec(env_id)) if env_id else None
-        if kwargs:
-            spec.kwargs |= kwargs
         minari.create_dataset_from_buffers(
             dataset_id, [buffer(episode) for episode in tiny.made[dataset_id]], env=spec,
             observation_space=env.observation_space, action_space=env.action_space)
@@ -408,24 +426,23 @@ def foreign_dataset(tiny, task, dataset_id, env_id, **kwargs):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(
-    ("task", "name", "env_id", "kwargs", "taken"),
+    ("task", "name", "env_id", "taken"),
     [
-        (POINT, "medium", "PointMaze_Medium-v3", {}, False),
-        (POINT, "umaze", "PointMaze_UMaze-v3", {}, False),
-        (POINT, "open", "PointMaze_Large-v3", dict(maze_map=[[1, 1, 1], [1, 0, 1], [1, 1, 1]]), False),
-        (POINT, "hand", "AdroitHandPen-v1", {}, False),
-        (POINT, "large", "PointMaze_Large-v3", {}, True),
-        (POINT, "dense", "PointMaze_LargeDense-v3", {}, True),  # rewards are made anew
-        (POINT, "diverse", "PointMaze_Large_Diverse_GR-v3", {}, True),
-        (POINT, "nothing", None, {}, True),
-        (HAMMER, "sparse-hammer", "AdroitHandHammerSparse-v1", {}, False),  # its rewards are others
-        (HAMMER, "hammer", "AdroitHandHammer-v1", {}, True),
+        (POINT, "medium", "PointMaze_Medium-v3", False),
+        (POINT, "umaze", "PointMaze_UMaze-v3", False),
+        (POINT, "hand", "AdroitHandPen-v1", False),
+        (POINT, "large", "PointMaze_Large-v3", True),
+        (POINT, "dense", "PointMaze_LargeDense-v3", True),  # rewards are made anew
+        (POINT, "diverse", "PointMaze_Large_Diverse_GR-v3", True),
+        (POINT, "nothing", None, True),
+        (HAMMER, "sparse-hammer", "AdroitHandHammerSparse-v1", False),  # its rewards are others
+        (HAMMER, "hammer", "AdroitHandHammer-v1", True),
     ],
 )
-def test_data_of_another_environment(tiny, capsys, task, name, env_id, kwargs, taken):
+def test_data_of_another_environment(tiny, capsys, task, name, env_id, taken):
     """Shapes agree in all of them: the dataset's own description decides."""
     environment(task)  # registers the packages' environments
-    dataset_id = foreign_dataset(tiny, task, f"ooo-test/{name}-v0", env_id, **kwargs)
+    dataset_id = foreign_dataset(tiny, task, f"ooo-test/{name}-v0", env_id)
     if taken:
         assert load(task, dataset_id=(dataset_id,))[1]["episodes"] == 3
     else:
@@ -450,6 +467,26 @@ def test_a_dataset_that_is_none(tiny, capsys, dataset_id):
     assert "dataset" in refused(capsys, HAMMER, dataset_id=(dataset_id,))
 
 
+def test_terminations_of_minari_data_count_unless_the_family_says_otherwise(tiny, monkeypatch):
+    """And actions of another range are scaled to [-1, 1]."""
+    dataset_id, rng, episodes = "ooo-test/inverted-pendulum-v0", np.random.default_rng(0), []
+    for length in (3, 7, 5):
+        episodes.append(dict(observations=rng.normal(size=(length + 1, 4)), rewards=np.ones(length),
+                             actions=rng.uniform(-3, 3, (length, 1)).astype(np.float32), terminated=length < 7))
+    if dataset_id not in tiny.made:
+        tiny.made[dataset_id] = episodes
+        tiny.write(dataset_id, episodes, Box(-np.inf, np.inf, (4,), np.float64), Box(-3, 3, (1,)))
+    monkeypatch.setitem(ooo.TASKS, "mine", ooo.Task("own", "InvertedPendulum-v5", 1000, (dataset_id,), {}, {}))
+    env = ooo.make_env("mine")
+    data, report = ooo.load_dataset(ooo.Args(), env, 1)
+    assert np.flatnonzero(data["terminations"]).tolist() == [2, 14] and report["episodes"] == 3
+    actions = joined(episode["actions"] for episode in episodes)
+    np.testing.assert_allclose(data["actions"], actions / 3, rtol=1e-4, atol=1e-6)
+    env.task = env.task._replace(family="hammer")
+    monkeypatch.setattr(ooo, "task_reward", lambda task, obs, reward, goal: (reward, reward > 2))
+    assert not ooo.load_dataset(ooo.Args(), env, 1)[0]["terminations"].any()
+
+
 # === .npz with D4RL's keys ===
 
 
@@ -471,6 +508,14 @@ def at(n, *indices):
     return flags
 
 
+def successors(*ends, n=12, obs_dim=4):
+    """next_observations of flat(n): the next row's, but at these ends and in the last row."""
+    observations = flat(n, obs_dim)["observations"]
+    following = np.roll(observations, -1, 0)
+    following[[*ends, n - 1]] = observations[[*ends, n - 1]] + 0.5
+    return following
+
+
 def save(tmp_path, columns):
     path = tmp_path / "data.npz"
     np.savez(path, **columns)
@@ -490,20 +535,17 @@ def test_npz_without_successors(tmp_path):
 
 def test_npz_with_successors(tmp_path):
     """Nothing has to be dropped."""
-    following = np.random.default_rng(0).normal(size=(12, 4)).astype(np.float32)
-    columns = flat(timeouts=at(12, 4, 8), next_observations=following)
+    columns = flat(timeouts=at(12, 4, 8)) | dict(next_observations=successors(4, 8))
     data, report = load(POINT, dataset_path=save(tmp_path, columns))
     np.testing.assert_array_equal(data["observations"], columns["observations"])
-    np.testing.assert_array_equal(data["next_observations"], following)
+    np.testing.assert_array_equal(data["next_observations"], columns["next_observations"])
     assert data["episodes"].tolist() == [0] * 5 + [1] * 4 + [2] * 3
     assert report["transitions_read"] == 12
 
 
 def test_npz_without_timeouts(tmp_path):
     """An episode ends where next_observations do not continue: the same episodes as timeouts give."""
-    columns = flat(timeouts=at(12, 4, 8))
-    columns["next_observations"] = np.roll(columns["observations"], -1, 0)
-    columns["next_observations"][[4, 8, 11]] += 0.5
+    columns = flat(timeouts=at(12, 4, 8)) | dict(next_observations=successors(4, 8))
     one, _ = load(POINT, dataset_path=save(tmp_path, columns))
     del columns["timeouts"]
     other, _ = load(POINT, dataset_path=save(tmp_path, columns))
@@ -512,21 +554,100 @@ def test_npz_without_timeouts(tmp_path):
         np.testing.assert_array_equal(one[name], other[name], err_msg=name)
 
 
-@pytest.mark.parametrize("terminals", [at(12), at(12, 5)], ids=["no terminals", "terminals"])
-def test_npz_that_does_not_tell_where_episodes_end(tmp_path, capsys, terminals):
-    """All would become one episode, of which hammer's truncation keeps 20 rows."""
-    line = refused(capsys, POINT, dataset_path=save(tmp_path, flat(timeouts=None, terminals=terminals)))
-    assert "timeouts" in line and "next_observations" in line
-
-
-def test_npz_longer_than_an_episode_without_an_end(tmp_path, capsys):
+def test_npz_with_an_episode_longer_than_the_tasks(tmp_path, capsys):
     n = ooo.TASKS[POINT].horizon
     assert load(POINT, dataset_path=save(tmp_path, flat(n)))[1]["episodes"] == 1
     capsys.readouterr()
     states = flat(n + 2)["observations"]
     continued = flat(n + 1, observations=states[:-1], next_observations=states[1:], timeouts=None)
-    for columns in (flat(n + 1), flat(n + 1, timeouts=at(n + 1, n)), continued):
-        assert "no end of an episode" in refused(capsys, POINT, dataset_path=save(tmp_path, columns))
+    for columns in (flat(n + 1), flat(n + 1, timeouts=at(n + 1, n)), flat(n + 5, timeouts=at(n + 5, 2)), continued):
+        line = refused(capsys, POINT, dataset_path=save(tmp_path, columns))
+        assert "an episode of" in line and str(n) in line
+    assert load(POINT, dataset_path=save(tmp_path, flat(n + 5, timeouts=at(n + 5, 40))))[1]["episodes"] == 2
+
+
+UMAZE = "maze2d-missing-data-umaze-v1"
+
+
+def tours(flags, shift=0):
+    """Twenty walks of 100 steps in a corner each of the U-maze, whose ends lie under `flags`, so many rows late."""
+    rng, corners = np.random.default_rng(0), np.array([(-1, -1), (1, 1), (1, -1), (-1, 1)])
+    walks = [corners[i % 4] + np.cumsum(rng.normal(0, 0.01, (100, 2)), 0).clip(-0.3, 0.3) for i in range(20)]
+    ends = np.roll(np.arange(1, 2001) % 100 == 0, shift)
+    return flat(2000, observations=np.column_stack([np.concatenate(walks), np.zeros((2000, 2))]), **{flags: ends})
+
+
+@pytest.mark.parametrize("flags", ["timeouts", "terminals"])
+def test_ends_of_a_maze_may_be_in_either_column(tmp_path, flags):
+    data, report = load(UMAZE, dataset_path=save(tmp_path, tours(flags)))
+    assert report["episodes"] == 20 and report["transitions"] == 20 * 99
+    assert np.linalg.norm(data["next_observations"] - data["observations"], axis=1).max() < 0.2
+    assert not data["terminations"].any()
+
+
+@pytest.mark.parametrize("flags", ["timeouts", "terminals"])
+@pytest.mark.parametrize("shift", [1, -1, 7], ids="{} rows late".format)
+def test_ends_that_a_jump_contradicts(tmp_path, capsys, flags, shift):
+    """A step of metres is none that the point can do: a wrong end would be learnt as a way through the wall."""
+    assert "a step of" in refused(capsys, UMAZE, dataset_path=save(tmp_path, tours(flags, shift)))
+
+
+def test_ends_that_are_missing(tmp_path, capsys):
+    """Two files with an end each at their last row, put together: two of fifty ends. In every order of rows."""
+    n = 10_000
+    for marked, taken in ((np.arange(199, n, 200), True), ([n // 2 - 1, n - 1], False), ([199, n - 1], False),
+                          ([n - 1], False), (np.arange(199, n, 400), False)):
+        columns = flat(n, 46, 26, timeouts=at(n, *marked))
+        if taken:
+            assert load(HAMMER, dataset_path=save(tmp_path, columns))[1]["episodes"] == 50
+        else:
+            assert "an episode of" in refused(capsys, HAMMER, dataset_path=save(tmp_path, columns))
+
+
+@pytest.mark.parametrize("columns", [
+    flat(timeouts=at(12, 5), next_observations=successors(4)),  # one late
+    flat(timeouts=at(12, 3), next_observations=successors(4)),  # one early
+    flat(terminals=at(12, 5), next_observations=successors(4)),
+    flat(timeouts=at(12, 4), next_observations=successors(4, 8)),  # one of two
+    flat(timeouts=at(12, 11), next_observations=successors(8)),
+    flat(timeouts=at(12), next_observations=successors(8)),  # none
+], ids=["late", "early", "terminal late", "one of two", "last alone", "none"])
+def test_ends_that_next_observations_contradict(tmp_path, capsys, columns):
+    line = refused(capsys, POINT, dataset_path=save(tmp_path, columns))
+    assert "next_observations of row" in line and "timeouts" in line
+
+
+def test_ends_may_be_more_than_next_observations_show(tmp_path):
+    """A stream that is cut into episodes goes on in the next row (D4RL's maze2d)."""
+    columns = flat(timeouts=at(12, 4, 8), next_observations=successors())
+    assert load(POINT, dataset_path=save(tmp_path, columns))[1]["episodes"] == 3
+
+
+def test_terminals_that_timeouts_contradict(tmp_path, capsys):
+    """One row before the timeout: the episode that both mean ends once."""
+    columns = flat(terminals=at(12, 3), timeouts=at(12, 4, 8))
+    assert "row 3" in refused(capsys, POINT, dataset_path=save(tmp_path, columns))
+    for terminals in ([4], [4, 8], [2]):  # the same end, or another one
+        columns = flat(terminals=at(12, *terminals), timeouts=at(12, 4, 8))
+        assert load(POINT, dataset_path=save(tmp_path, columns))[1]["episodes"] == (4 if terminals == [2] else 3)
+
+
+def test_kitchen_files_mark_every_end_by_a_terminal(tmp_path):
+    """D4RL's have no timeouts. The steps whose successor was not recorded are dropped; nothing terminates."""
+    n = 840
+    columns = flat(n, 60, 9, rewards=np.repeat(np.arange(4.0), n // 4), terminals=at(n, 279, 559, 839), timeouts=None)
+    data, report = load("kitchen-partial-v0", dataset_path=save(tmp_path, columns))
+    assert report["episodes"] == 3 and report["transitions"] == 837
+    np.testing.assert_array_equal(data["next_observations"][278], columns["observations"][279, :30])
+    np.testing.assert_array_equal(data["observations"][279], columns["observations"][280, :30])
+    assert not data["terminations"].any()
+
+
+def test_a_file_that_marks_no_end(tmp_path, capsys):
+    """Without timeouts, next_observations and a terminal in the last row nobody knows where episodes end."""
+    for terminals in (at(12), at(12, 5)):
+        line = refused(capsys, POINT, dataset_path=save(tmp_path, flat(timeouts=None, terminals=terminals)))
+        assert "timeouts" in line and "next_observations" in line
 
 
 def test_npz_terminals_end_episodes(tmp_path):
@@ -540,6 +661,7 @@ def test_npz_terminals_end_episodes(tmp_path):
 
 def test_npz_of_antmaze_keeps_terminal_steps(tmp_path):
     observations = np.zeros((12, 29), np.float32)
+    observations[:, :2] = (13.0, -11.0)
     observations[5, :2] = (14.75, -12.75)
     columns = flat(observations=observations, actions=np.zeros((12, 8)), terminals=at(12, 5), timeouts=at(12, 8))
     data, _ = load(ANT, dataset_path=save(tmp_path, columns))
@@ -569,6 +691,16 @@ def test_npz_of_binary_tasks_is_relabelled(tmp_path):
     columns = flat(observations=observations, actions=np.zeros((12, 28)))
     data, _ = load(DOOR, dataset_path=save(tmp_path, columns))
     assert data["rewards"].tolist() == [-1.0] * 5 + [0.0] + [-1.0] * 5
+
+
+def test_npz_of_antmaze_may_stay_at_the_goal(tmp_path):
+    """D4RL's episodes go on there, with a terminal in every step until the time is up."""
+    observations = np.zeros((12, 29), np.float32)
+    observations[:, 0], observations[:, 1] = np.linspace(13, 14.75, 12), -12.75
+    columns = flat(observations=observations, actions=np.zeros((12, 8)), terminals=at(12, 8, 9, 10, 11),
+                   timeouts=at(12, 11))
+    data, _ = load(ANT, dataset_path=save(tmp_path, columns))
+    assert len(data["rewards"]) == 12 and data["terminations"].tolist() == data["rewards"].tolist()
 
 
 @pytest.mark.parametrize("following", [False, True], ids=["observations", "next_observations"])
@@ -604,31 +736,6 @@ def test_keys_that_are_not_needed_are_not_read(tmp_path):
     want = load(POINT, dataset_path=save(tmp_path, flat()))[1]
     extra = {"infos/qpos": np.full((12, 2), np.nan), "metadata": np.array([{"a": 1}, Payload()], object)}
     assert load(POINT, dataset_path=save(tmp_path, flat() | extra))[1] == want
-
-
-def claim(path, key, shape):
-    """Put an array into an .npz that says it has this shape of float32, compressed zeros; the shape is never built."""
-    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".encode()
-    header += b" " * (118 - 1 - len(header)) + b"\n"
-    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive, archive.open(key + ".npy", "w") as file:
-        file.write(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
-        for _ in range(-(-int(np.prod(shape)) * 4 // 2**20)):
-            file.write(bytes(2**20))
-
-
-def test_npz_that_does_not_fit(tmp_path, capsys, monkeypatch):
-    """What it needs is known before anything is read: a compressed file may be small. Unneeded keys do not count."""
-    path, free = save(tmp_path, flat(observations=None)), 2**20 * 100
-    monkeypatch.setattr(ooo.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
-    claim(path, "observations", (4 * free // 16, 4))
-    monkeypatch.setattr(np, "load", lambda *args, **options: pytest.fail("read before the check"))
-    line = refused(capsys, POINT, dataset_path=path)
-    assert "0.4 GiB" in line and "data.npz" in line
-    monkeypatch.undo()
-    monkeypatch.setattr(ooo.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
-    path = save(tmp_path, flat())
-    claim(path, "infos", (4 * free // 16, 4))
-    assert load(POINT, dataset_path=path)[1]["transitions"] == 11
 
 
 def test_npz_whose_header_claims_40_gib(tmp_path, capsys):
@@ -672,13 +779,6 @@ def test_any_damage_of_an_npz_is_one_line(tmp_path, capsys):
     assert seen == {"whole", "refused"}
 
 
-def test_home_is_expanded(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    save(tmp_path, flat())
-    args = ooo.parse_args(["--env-id", POINT, "--dataset-path", "~/data.npz", "--remove-discs"])
-    assert ooo.load_dataset(args, environment(POINT), 1)[1]["transitions"] == 11
-
-
 def test_actions_are_clipped_and_counted(tmp_path):
     """Transitions, not numbers: those whose action was altered in any part."""
     data, report = load(POINT, dataset_path=save(tmp_path, flat()))
@@ -704,6 +804,8 @@ class Payload:
         flat(terminals=None),
         flat(actions=np.zeros((11, 2))),
         flat(observations=np.zeros((13, 4))),
+        flat(observations=np.zeros((24, 2))),
+        flat(actions=np.zeros((24, 1))),
         flat(next_observations=np.zeros((11, 4))),
         flat(timeouts=np.zeros(5, bool)),
         flat(rewards=np.float32(1.0)),
@@ -717,6 +819,7 @@ class Payload:
         flat(rewards=np.array(["text"] * 12)),
     ],
     ids=["pickle", "pickle of another column", "no rewards", "no terminals", "short actions", "long observations",
+         "long and narrow observations", "long and narrow actions",
          "short next_observations", "short timeouts", "scalar rewards", "flat observations", "wide observations",
          "wide actions", "narrow next_observations", "one row", "NaN", "infinity", "text"],
 )
@@ -758,6 +861,8 @@ def test_reward_range_is_that_of_the_data_left(tmp_path):
     columns = flat(observations=np.tile(np.linspace(0, 3, 12)[:, None], (1, 4)))
     columns["observations"][:, :2] = (3.5, -3.0)
     columns["observations"][6:, :2] = (0.0, 0.0)
+    columns["timeouts"] = at(12, 6)  # 0 in row 6 is a step of the first episode, which is not learnt from
+    columns["observations"][6, :2] = (3.5, -3.0)
     path = save(tmp_path, columns)
     assert load(POINT, dataset_path=path)[1]["reward_range"] == [0.0, 1.0]
     report = load(POINT, dataset_path=path, remove_discs=((3.5, -3.0, 1.0),))[1]

@@ -7,6 +7,7 @@ a success, the simulator is put into a state: a nail driven in, a door opened, a
 import functools
 from types import SimpleNamespace
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -83,7 +84,8 @@ def test_shapes(env_id):
     assert env.action_space.shape == (act_dim,)
     assert (env.action_space.low == -1).all() and (env.action_space.high == 1).all()
     assert env.spec.max_episode_steps == horizon
-    assert info == {"success": False}
+    assert info["success"] is False and set(info) - {"start_distance"} == {"success"}
+    assert ("start_distance" in info) == (env_id == ANT or env_id in MAZES)
     obs, reward, terminated, truncated, info = env.step(still(env))
     assert obs.shape == (obs_dim,) and obs.dtype == np.float32
     assert type(reward) is float and (terminated, truncated) == (False, False)
@@ -123,6 +125,22 @@ def test_start_depends_on_the_seed_alone(env_id):
 
 
 # === Adroit ===
+
+
+def test_the_installed_package_has_the_sign_and_the_version_that_are_corrected(monkeypatch):
+    """gymnasium-robotics 1.2.1 to 1.4.2 add 0.1 |palm - hammer| to the dense reward; others subtract it, as D4RL does,
+    and 1.4.3 has v2 alone. With such a package task_reward would correct a sign that is right."""
+    env = environment(HAMMER)
+    for env_id in (*BINARY, HAMMER):
+        assert ooo.TASKS[env_id].gym_id in gym.registry, "this gymnasium-robotics has other Adroit environments"
+    inner, rng = Inner(env, monkeypatch), np.random.default_rng(0)
+    env.reset(seed=0)
+    for _ in range(20):
+        env.step(rng.uniform(-1, 1, 26).astype(np.float32))
+        subtracted, distance = d4rl_hammer_reward(env.unwrapped)
+        weight = (inner.reward - subtracted) / distance - 0.1
+        assert distance > 0.01 and weight == pytest.approx(0.1, abs=1e-4), (
+            f"the package's dense hammer reward has {weight:+.1f} |palm - hammer|: take the correction out of task_reward")
 
 
 def succeed(env_id, env):
@@ -183,16 +201,14 @@ def d4rl_hammer_reward(sim):
     return reward, np.sqrt(((palm - hammer) ** 2).sum())
 
 
-def test_hammer_reward_is_d4rls(monkeypatch):
+def test_hammer_reward_is_d4rls():
     env = environment(HAMMER)
-    inner = Inner(env, monkeypatch)
     env.reset(seed=0)
     rng, distances = np.random.default_rng(0), []
     for _ in range(60):
         _, reward, _, _, _ = env.step(rng.uniform(-1, 1, 26).astype(np.float32))
         want, distance = d4rl_hammer_reward(env.unwrapped)
         assert reward == pytest.approx(want, abs=1e-5)
-        assert reward == pytest.approx(inner.reward - 0.2 * distance, abs=1e-5)  # the package has the other sign
         distances.append(distance)
     assert max(distances) > 0.05  # so that the sign was seen
 
@@ -333,18 +349,45 @@ def test_maze2d_starts_everywhere(env_id):
     assert 0.08 < np.std(speeds) < 0.12 and abs(np.mean(speeds)) < 0.03
 
 
-@pytest.mark.parametrize("env_id", [ANT, *MAZES])
-def test_positions_in_walls(env_id):
-    """Every cell of the map, at its center and close to its corners; and what lies outside, however far."""
-    env = environment(env_id)
+def shortest_paths(maze_map, goal):
+    """{free cell: steps to the goal}, by relaxing all cells until nothing changes."""
+    free = np.array([[cell != 1 for cell in line] for line in maze_map])
+    steps = np.where(free, np.inf, np.nan)
+    steps[goal] = 0
+    for _ in range(free.size):
+        padded = np.pad(steps, 1, constant_values=np.nan)
+        around = np.stack([padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]])
+        around = np.where(np.isnan(around), np.inf, around).min(0) + 1
+        steps = np.where(free, np.minimum(np.where(free, steps, 0), around), np.nan)
+    return {tuple(map(int, cell)): int(steps[tuple(cell)]) for cell in np.argwhere(free)}
+
+
+@pytest.mark.parametrize("env_id", MAZES)
+def test_start_distance_is_the_shortest_path_from_where_the_point_starts(env_id):
+    env, goal = environment(env_id), MAZES[env_id][0]
     maze = env.unwrapped.maze
-    for row, line in enumerate(maze.maze_map):
-        for column, cell in enumerate(line):
-            center = maze.cell_rowcol_to_xy(np.array([row, column]))
-            corners = center + 0.49 * maze.maze_size_scaling * np.array([[0, 0], [1, 1], [1, -1], [-1, 1], [-1, -1]])
-            assert env.in_walls(corners.astype(np.float32)).tolist() == [cell == 1] * 5, (row, column)
-    outside = np.float32([[1e30, 0], [-1e30, 0], [0, 1e30], [0, -1e30], [30, 0], [0, -30]])
-    assert env.in_walls(outside).all()
+    want, seen = shortest_paths(maze.maze_map, goal), {}
+    for seed in range(6 * len(want)):
+        obs, info = env.reset(seed=seed)
+        # The position decides, not what the script asked for.
+        cell = (int(np.floor(maze.map_length / 2 - obs[1])), int(np.floor(obs[0] + maze.map_width / 2)))
+        assert info["start_distance"] == want[cell] and type(info["start_distance"]) is int
+        seen[cell] = want[cell]
+    assert min(seen.values()) == 0 and len(seen) > 0.9 * len(want)
+    if "umaze" in env_id:  # three cells above, one at the bend, three below
+        assert want == {(1, 1): 0, (1, 2): 1, (1, 3): 2, (2, 3): 3, (3, 3): 4, (3, 2): 5, (3, 1): 6}
+
+
+def test_start_distance_of_antmaze():
+    """Always the same start: around the walls of the large maze."""
+    env = environment(ANT)
+    want = shortest_paths(env.unwrapped.maze.maze_map, (7, 9))[1, 1]
+    assert {env.reset(seed=seed)[1]["start_distance"] for seed in range(3)} == {want} and want >= 14
+
+
+def test_which_starts_are_far():
+    far = {env_id: task.far for env_id, task in ooo.TASKS.items() if task.goal_cell}
+    assert far == {ANT: 2, **{env_id: 1 if "umaze" in env_id else 2 for env_id in MAZES}}
 
 
 def test_maze2d_reward_and_no_termination():
@@ -397,6 +440,41 @@ def test_evaluation():
     assert env.starts[4:8] == env.starts[:4] and not set(env.starts[8:]) & set(env.starts[:4])
 
 
+class Maze(Countdown):
+    """Episodes of three steps that start at these distances; success in those of an even number."""
+
+    def __init__(self, env_id, distances):
+        super().__init__()
+        self.task, self.distances = ooo.TASKS[env_id], list(distances)
+        self.number = -1
+
+    def reset(self, seed):
+        self.number += 1
+        return super().reset(seed)[0], {"success": False, "start_distance": self.distances[self.number]}
+
+    def step(self, action):
+        obs, reward, terminated, truncated, _ = super().step(action)
+        return obs, reward, terminated, truncated, {"success": self.number % 2 == 0}
+
+
+@pytest.mark.parametrize(
+    ("env_id", "distances", "far"),
+    [
+        ("maze2d-missing-data-umaze-v1", [0, 1, 2, 3, 4, 6], 0.5),  # episodes 2 to 5
+        ("maze2d-missing-data-umaze-v1", [6, 1, 2, 0, 1, 1], 1.0),
+        ("maze2d-missing-data-medium-v1", [0, 1, 2, 3, 2, 6], 0.0),
+        (POINT, [3, 9, 2, 3], 1 / 3),
+        (ANT, [14, 14], 0.5),
+        (POINT, [0, 1, 2, 2], None),  # no far start: nothing to say
+    ],
+)
+def test_success_from_far_starts(env_id, distances, far):
+    results, summary = ooo.evaluate(Maze(env_id, distances), player(lambda obs: 0.0), len(distances), seed=1)
+    assert [episode["start_distance"] for episode in results] == distances
+    assert summary.get("eval/far_success_rate") == (far if far is None else pytest.approx(far))
+    assert summary["eval/success_rate"] == pytest.approx(np.mean([number % 2 == 0 for number in range(len(distances))]))
+
+
 def test_what_a_policy_draws_in_evaluation_depends_on_seed_and_episode():
     """Whatever was drawn before, and however many episodes there are."""
 
@@ -410,8 +488,87 @@ def test_what_a_policy_draws_in_evaluation_depends_on_seed_and_episode():
     assert not set(draws(2)) & set(draws(2, seed=8))
 
 
-def test_training_and_evaluation_episodes_differ():
-    training = {ooo.derive_seed(1, "training episode", i) for i in range(1000)}
-    evaluation = {ooo.derive_seed(1, "evaluation", i) for i in range(1000)}
-    saved = {ooo.derive_seed(1, "eval-only")}
-    assert len(training | evaluation | saved) == 2001
+def test_starts_of_training_curves_final_evaluation_and_eval_only_differ(monkeypatch, in_tmp):
+    """Those of a kind are the same for every policy and at every time."""
+    env, agent, starts = Countdown(), player(lambda obs: 0.0), {}
+    args = ooo.Args(eval_episodes=20, final_episodes=50)
+    run = SimpleNamespace(args=args, log=lambda *where, **what: None, progress={"scores": {}})
+
+    def played(kind, function, *options):
+        env.starts.clear()
+        function(*options)
+        assert starts.setdefault(kind, set(env.starts)) == set(env.starts)
+
+    for step in (0, 100):
+        played("curve", ooo.evaluate_and_log, run, env, agent, "online", step, step)
+    for policy in ("exploration 100", "exploitation 100"):
+        played("final", ooo.final_evaluation, run, env, agent, policy)
+        assert len(run.progress["scores"][policy]["per_episode"]) == 50
+    monkeypatch.setattr(ooo, "make_env", lambda *_: env)
+    monkeypatch.setattr(ooo, "load_policy", lambda path: agent)
+    (in_tmp / "exploitation_100.pt").touch()
+    args.eval_only = "."
+    played("eval-only", ooo.evaluate_saved, args, ("exploitation",))
+    starts["training"] = {np.random.default_rng(ooo.derive_seed(1, "training episode", i)).normal() for i in range(500)}
+    assert {kind: len(found) for kind, found in starts.items()} == {
+        "curve": 20, "final": 50, "eval-only": 20, "training": 500}
+    assert len(set.union(*starts.values())) == 590
+
+
+# === one's own task (docs/tasks.md; tests/test_method.py trains on its examples) ===
+
+
+class Car(gym.Env):
+    """Ends at x = 1 with success, which info says under one of the usual names; actions of an odd range."""
+
+    observation_space = gym.spaces.Box(-1, 1, (2,), np.float64)
+    action_space = gym.spaces.Box(np.float32([-3, 0]), np.float32([1, 10]))
+
+    def __init__(self, key="success", render_mode=None):
+        self.key = key
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x = self.np_random.uniform(-0.1, 0.1)
+        return np.array([self.x, 0]), {}
+
+    def step(self, action):
+        self.action = action
+        self.x += 0.1
+        done = self.x >= 1
+        return np.array([self.x, 0]), 2.5, done, False, {self.key: done} if self.key else {}
+
+
+@pytest.mark.parametrize("key", ["success", "is_success", None])
+def test_an_environment_of_ones_own(monkeypatch, key):
+    """Its reward, terminations and success are the environment's; the score is the return."""
+    monkeypatch.setitem(gym.registry, "Car-v0", gym.envs.registration.EnvSpec("Car-v0", Car))
+    monkeypatch.setitem(ooo.TASKS, "car-v0", ooo.Task("own", "Car-v0", 50, (), dict(key=key), {}))
+    env = ooo.make_env("car-v0")
+    assert env.action_space == gym.spaces.Box(-1, 1, (2,)) and env.spec.max_episode_steps == 50
+    obs, info = env.reset(seed=3)
+    assert obs.dtype == np.float32 and info == {"success": False} and (env.reset(seed=3)[0] == obs).all()
+    for action, wanted in (([-1, -1], [-3, 0]), ([1, 1], [1, 10]), ([0, 0.5], [-1, 7.5])):
+        env.step(np.float32(action))
+        np.testing.assert_allclose(env.unwrapped.action, wanted, rtol=1e-6)
+    results, summary = ooo.evaluate(env, player(lambda obs: np.zeros(2, np.float32)), 3, seed=1)
+    for episode in results:
+        assert 8 < episode["length"] < 13 and episode["return"] == 2.5 * episode["length"]
+        assert episode["success"] is (key is not None)
+    assert summary["eval/normalized_score"] == pytest.approx(summary["eval/return"])
+    env = ooo.make_env("car-v0")
+    monkeypatch.setitem(ooo.TASKS, "car-v0", ooo.TASKS["car-v0"]._replace(horizon=4))
+    short = ooo.make_env("car-v0")  # the row's horizon cuts, which is no termination
+    short.reset(seed=1)
+    assert [short.step(np.zeros(2, np.float32))[2:4] for _ in range(4)] == [(False, False)] * 3 + [(False, True)]
+
+
+@pytest.mark.parametrize("space", [gym.spaces.Discrete(3), gym.spaces.Box(-np.inf, np.inf, (2,))], ids=str)
+def test_actions_that_are_no_bounded_vectors_are_refused(monkeypatch, capsys, space):
+    monkeypatch.setitem(gym.registry, "Car-v0", gym.envs.registration.EnvSpec("Car-v0", Car))
+    monkeypatch.setitem(ooo.TASKS, "car-v0", ooo.Task("own", "Car-v0", 50, (), {}, {}))
+    monkeypatch.setattr(Car, "action_space", space)
+    with pytest.raises(SystemExit) as stop:
+        ooo.make_env("car-v0")
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith("error: car-v0") and err.count("\n") == 1

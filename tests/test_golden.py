@@ -29,27 +29,39 @@ def tensors(data, prefix, step):
 
 
 def parameters(agent, rnd=None):
-    """{golden name: (parameter, orientation)}; golden weights are [out, in], critic weights here (num_qs, in, out)."""
-    out = {}
-    for name, layer in zip(["actor.0", "actor.1", "actor.mean"], agent.actor.net.layers, strict=True):
-        out[f"{name}.weight"], out[f"{name}.bias"] = (layer.weight, None), (layer.bias, None)
-    out["actor.log_std"] = (agent.actor.log_std, None)
+    """{golden name: (parameter, orientation)}."""
+    out = {"actor.log_std": (agent.actor.log_std, None)}
+    out |= stack_parameters(agent.actor.net, ["actor.0", "actor.1", "actor.mean"], single=True)
     for prefix, critic in (("critic", agent.critic), ("target_critic", agent.critic_target)):
-        for i, (weight, bias) in enumerate(zip(critic.weights, critic.biases, strict=True)):
-            out[f"{prefix}.{i}.weight"], out[f"{prefix}.{i}.bias"] = (weight, "ensemble"), (bias, "bias")
-    networks = {"value": agent.value} if hasattr(agent, "value") else {}
-    networks |= {"rnd_predictor": rnd.predictor, "rnd_target": rnd.target} if rnd else {}
-    for prefix, network in networks.items():
-        for i, layer in enumerate(network.layers):
+        out |= stack_parameters(critic, [f"{prefix}.{i}" for i in range(len(critic.weights))])
+    if hasattr(agent, "value"):
+        out |= stack_parameters(agent.value, [f"value.{i}" for i in range(len(agent.value.weights))], single=True)
+    return out | (rnd_parameters(rnd) if rnd else {})
+
+
+def stack_parameters(stack, names, single=False):
+    """Golden weights are (out, in) or, of an ensemble, (num, out, in); a Stack's (num, in, out)."""
+    kind, out = "single" if single else "ensemble", {}
+    for name, weight, bias in zip(names, stack.weights, stack.biases, strict=True):
+        out[f"{name}.weight"], out[f"{name}.bias"] = (weight, f"{kind} weight"), (bias, f"{kind} bias")
+    return out
+
+
+def rnd_parameters(rnd):
+    """RND's networks are of nn.Linear, as golden files have them."""
+    out = {}
+    for prefix, network in (("rnd_predictor", rnd.predictor), ("rnd_target", rnd.target)):
+        layers = [layer for layer in network.modules() if isinstance(layer, torch.nn.Linear)]
+        for i, layer in enumerate(layers):
             out[f"{prefix}.{i}.weight"], out[f"{prefix}.{i}.bias"] = (layer.weight, None), (layer.bias, None)
     return out
 
 
 def oriented(value, how):
-    """A parameter as the golden file has it; how may be a slice, of a layer that two heads share."""
-    if isinstance(how, slice):
-        return value[how]
-    return value.transpose(-1, -2) if how == "ensemble" else value.squeeze(1) if how == "bias" else value
+    """A view of a parameter as the golden file has it; how may be a function, of a layer that two heads share."""
+    views = {None: lambda v: v, "single weight": lambda v: v[0].T, "single bias": lambda v: v[0, 0],
+             "ensemble weight": lambda v: v.mT, "ensemble bias": lambda v: v.squeeze(1)}
+    return views.get(how, how)(value)
 
 
 def load(data, named):
@@ -97,10 +109,10 @@ def make_rnd(hyper):
 
 def check_rnd_state(rnd, wanted):
     """wanted: {golden name: array} after an update."""
-    for ours, theirs in (("obs", "rnd_obs_rms"), ("reward", "rnd_reward_rms")):
+    for ours, theirs in ((rnd.obs_statistics, "rnd_obs_rms"), (rnd.reward_statistics, "rnd_reward_rms")):
         for part in ("mean", "var", "count"):
             want = wanted[f"{theirs}.{part}"]
-            close(getattr(rnd, f"{ours}_{part}").reshape(want.shape), want, RND_STATE, f"{theirs}.{part}")
+            close(getattr(ours, part).reshape(want.shape), want, RND_STATE, f"{theirs}.{part}")
 
 
 @pytest.mark.parametrize("name", ["iql_plain", "iql_qbounds", "iql_intrinsic_qbounds", "iql_rnd"])
@@ -135,10 +147,8 @@ def test_iql(name):
 
 def test_rnd_alone():
     data, hyper = read("rnd_only")
-    rnd, named = make_rnd(hyper), {}
-    for prefix, network in (("rnd_predictor", rnd.predictor), ("rnd_target", rnd.target)):
-        for i, layer in enumerate(network.layers):
-            named[f"{prefix}.{i}.weight"], named[f"{prefix}.{i}.bias"] = (layer.weight, None), (layer.bias, None)
+    rnd = make_rnd(hyper)
+    named = rnd_parameters(rnd)
     load(data, named)
     for step in range(hyper["steps"]):
         batch = tensors(data, "batch/", step)

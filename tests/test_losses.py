@@ -35,7 +35,7 @@ def make_agent(seed=0, learning_rate=1e-2, **actor_options):
         for parameter in agent.critic_target.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
         agent.actor.log_std.copy_(torch.tensor([-0.5, 0.2, -1.0]))
-        agent.value.layers[-1].bias.sub_(2.0)  # advantages of both signs
+        agent.value.biases[-1].sub_(2.0)  # advantages of both signs
     return agent
 
 
@@ -55,13 +55,16 @@ def forward(weights, biases, x):
 
 
 def linears(network):
-    """Weights (in, out) and biases of a network of nn.Linear."""
-    layers = [layer for layer in network.modules() if isinstance(layer, torch.nn.Linear)]
-    return [array(layer.weight).T for layer in layers], [array(layer.bias) for layer in layers]
+    """Weights (in, out) and biases of a Stack of one network, or of a network of nn.Linear."""
+    if isinstance(network, nn.Sequential):
+        layers = [layer for layer in network if isinstance(layer, nn.Linear)]
+        return [array(layer.weight).T for layer in layers], [array(layer.bias) for layer in layers]
+    assert len(network.weights[0]) == 1
+    return member(network, 0)
 
 
-def member(critic, number):
-    return [array(w[number]) for w in critic.weights], [array(b[number, 0]) for b in critic.biases]
+def member(stack, number):
+    return [array(w[number]) for w in stack.weights], [array(b[number, 0]) for b in stack.biases]
 
 
 def q_values(critic, observations, actions):
@@ -114,7 +117,7 @@ def test_log_prob(log_std_min):
     raw = [-7.0, -3.0, 0.3, 6.0]
     with torch.no_grad():
         actor.log_std.copy_(torch.tensor(raw))
-        actor.net.layers[-1].weight.mul_(3)
+        actor.net.weights[-1].mul_(3)
     observations = torch.randn(BATCH, OBS)
     mean = np.tanh(forward(*linears(actor.net), array(observations)))
     log_std = np.clip(raw, log_std_min, 2.0)
@@ -163,13 +166,16 @@ def test_iql_update(bounds, bonus):
     close(losses["losses/actor"], -np.mean(weight * density), 1e-4)
     close(losses["losses/advantage_mean"], advantage.mean())
     close(losses["losses/v_mean"], v.mean())
+    assert (v < 0).any() and (q < 0).any() and (q > 0).any()  # so that a magnitude is not the mean
+    close(losses["losses/v_magnitude"], np.abs(v).mean())
+    close(losses["losses/q_magnitude"], np.abs(q).mean())
 
     # Each network was moved by its own loss alone.
     def expected(network, loss):
         return [array(g) for g in torch.autograd.grad(loss, list(network.parameters()))]
 
     as_float = lambda x: torch.from_numpy(x).float()  # noqa: E731
-    diff = as_float(q_bounded) - before.value(batch["observations"])[:, 0]
+    diff = as_float(q_bounded) - before.value(batch["observations"])
     value_loss = ((0.8 - 0.6 * (diff < 0).float()) * diff * diff).mean()
     critic_loss = ((before.critic(batch["observations"], batch["actions"]) - as_float(target)) ** 2).mean()
     actor_loss = -(as_float(weight) * before.actor.log_prob(batch["observations"], batch["actions"])).mean()
@@ -229,14 +235,14 @@ def test_dropout_is_active_in_the_actor_loss_only():
     for name in ("critic", "critic_target", "value"):
         same = zip(getattr(one, name).parameters(), getattr(three, name).parameters(), strict=True)
         assert all(torch.equal(a, b) for a, b in same)
-    assert not torch.equal(one.actor.net.layers[0].weight, two.actor.net.layers[0].weight)
+    assert not torch.equal(one.actor.net.weights[0], two.actor.net.weights[0])
     obs = np.ones(OBS, np.float32)
     assert (agent.act(obs) == agent.act(obs)).all()  # the policy itself has none
 
 
 @pytest.mark.parametrize("exploitation", [False, True])
 def test_rewards_and_masks_of_a_batch(monkeypatch, exploitation):
-    """Shift, then scale; masks from the raw reward or from terminations. What is stored stays raw."""
+    """Shift, then scale; masks are 0 at terminations, and at the raw reward that says so. What is stored stays raw."""
     rewards, terminations = [0.0, 4.0, 3.0, 4.0], [0.0, 0.0, 1.0, 1.0]
     data = {"observations": np.zeros((4, OBS)), "actions": np.zeros((4, ACT)), "rewards": np.float32(rewards),
             "next_observations": np.zeros((4, OBS)), "terminations": np.float32(terminations), "episodes": np.zeros(4)}
@@ -249,7 +255,7 @@ def test_rewards_and_masks_of_a_batch(monkeypatch, exploitation):
         return seen[0]["rewards"].tolist(), seen[0]["masks"].tolist()
 
     kitchen = dict(reward_bias=-4.0, reward_scale=2.0, mask_reward=4.0)
-    assert batch(**kitchen) == ([-8.0, 0.0, -2.0, 0.0], [1.0, 0.0, 1.0, 0.0])
+    assert batch(**kitchen) == ([-8.0, 0.0, -2.0, 0.0], [1.0, 0.0, 0.0, 0.0])
     assert batch() == (rewards, [1.0, 1.0, 0.0, 0.0])
     own = batch(**kitchen, retrain_reward_scale=0.5)
     assert own[0] == ([-2.0, 0.0, -0.5, 0.0] if exploitation else [-8.0, 0.0, -2.0, 0.0])
@@ -259,24 +265,42 @@ def test_rewards_and_masks_of_a_batch(monkeypatch, exploitation):
 # === networks ===
 
 
-def test_critic_ensemble_is_separate_networks():
+def test_a_stack_is_separate_networks():
     torch.manual_seed(0)
-    critic = ooo.Critic(OBS, ACT, HIDDEN, num_qs=3)
-    observations, actions = torch.randn(BATCH, OBS), torch.randn(BATCH, ACT)
-    got = critic(observations, actions)
-    assert got.shape == (3, BATCH)
-    close(got, q_values(critic, observations, actions))
+    stack, x = ooo.Stack(3, (OBS, *HIDDEN, 2)), torch.randn(BATCH, OBS)
+    got = stack(x)
+    assert got.shape == (3, BATCH, 2)
+    for number in range(3):
+        close(got[number], forward(*member(stack, number), array(x)))
     got[1].sum().backward()  # one member's loss touches that member alone
-    for parameter in critic.parameters():
+    for parameter in stack.parameters():
         moved = parameter.grad.flatten(1).abs().sum(1) > 0
         assert moved.tolist() == [False, True, False]
+
+
+def test_shapes_of_value_and_critic():
+    value, critic = ooo.Value(OBS, HIDDEN), ooo.Critic(OBS, ACT, HIDDEN)
+    observations, actions = torch.randn(BATCH, OBS), torch.randn(BATCH, ACT)
+    assert value(observations).shape == (BATCH,) and critic(observations, actions).shape == (2, BATCH)
+    close(value(observations), forward(*linears(value), array(observations))[:, 0])
+    close(critic(observations, actions), q_values(critic, observations, actions))
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_affine_is_the_same_in_a_compiled_update(monkeypatch, width):
+    """Where the compiler is at work the product is written in other ways."""
+    x, weight, bias = torch.randn(2, 7, 5), torch.randn(2, 5, width), torch.randn(2, 1, width)
+    want = np.einsum("nbi,nio->nbo", array(x), array(weight)) + array(bias)
+    for compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda answer=compiling: answer)
+        close(ooo.affine(x, weight, bias), want)
 
 
 def test_initialisation_is_orthogonal():
     torch.manual_seed(0)
     critic = ooo.Critic(OBS, ACT, HIDDEN)
-    matrices = [layer.weight for layer in ooo.MLP((OBS, *HIDDEN, ACT)).layers]
-    matrices += [w for weights in critic.weights for w in weights]
+    matrices = [w for weights in critic.weights for w in weights]
+    matrices += [layer.weight for layer in ooo.RND.network((OBS, *HIDDEN)) if isinstance(layer, nn.Linear)]
     for matrix in map(array, matrices):
         small = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
         np.testing.assert_allclose(small @ small.T, 2 * np.eye(len(small)), atol=1e-5)
@@ -304,11 +328,11 @@ def test_actions(squash):
 def test_dropout(rate):
     """Of hidden units, after the ReLU; the kept ones are scaled so that the mean stays."""
     torch.manual_seed(0)
-    network, x = ooo.MLP((3, 400, 400)), torch.randn(1000, 3)
+    network, x = ooo.Stack(1, (3, 400, 400)), torch.randn(1000, 3)
     with torch.no_grad():
-        network.layers[0].bias.fill_(10.0)  # no unit is off by its ReLU
-        network.layers[1].weight.copy_(torch.eye(400))  # the output is what dropout left of the hidden layer
-    hidden, y = network.layers[0](x), network(x, dropout=rate)
+        network.biases[0].fill_(10.0)  # no unit is off by its ReLU
+        network.weights[1].copy_(torch.eye(400))  # the output is what dropout left of the hidden layer
+    hidden, y = x @ network.weights[0] + network.biases[0], network(x, dropout=rate)
     kept = y != 0
     deviation = math.sqrt(rate * (1 - rate) / y.numel())
     assert abs(kept.float().mean().item() - (1 - rate)) < 5 * deviation
@@ -319,8 +343,8 @@ def test_dropout(rate):
 
 
 def test_dropout_rate_zero_changes_nothing():
-    network, x = ooo.MLP((OBS, *HIDDEN, 1)), torch.randn(7, OBS)
-    close(network(x, dropout=0.0), forward(*linears(network), array(x)))
+    network, x = ooo.Stack(1, (OBS, *HIDDEN, 1)), torch.randn(7, OBS)
+    close(network(x, dropout=0.0)[0], forward(*linears(network), array(x)))
 
 
 # === random network distillation ===
@@ -334,12 +358,12 @@ def make_rnd(learning_rate=1e-2, seed=0, **options):
 def test_running_statistics():
     """After any batches: mean and variance of all samples and of 1e-4 samples of mean 0 and variance 1."""
     rng = np.random.default_rng(0)
-    rnd = ooo.RND(3, (4, 2), 0.0, CPU)
-    mean, var, count = rnd.obs_mean, rnd.obs_var, rnd.obs_count
+    statistics = ooo.RunningMeanStd(3)
+    mean, var, count = statistics.mean, statistics.var, statistics.count
     seen = np.zeros((0, 3))
     for size in (1, 7, 256, 30):
         x = rng.normal([0, 3, -5], [1, 0.2, 30], (size, 3))
-        rnd.update_running("obs", torch.from_numpy(x))
+        statistics.update(torch.from_numpy(x))
         seen = np.concatenate([seen, x])
         weight = len(seen) + 1e-4
         exact = seen.sum(0) / weight
@@ -376,12 +400,13 @@ def test_rnd_normalisation_on_a_known_sequence(form, normalizer):
             close(got, raw / math.sqrt(reward_var), 1e-4)
             rewards = np.concatenate([rewards, array(got)])
         seen = np.concatenate([seen, observations])
-        mean, var = array(rnd.obs_mean), array(rnd.obs_var)
+        mean, var = array(rnd.obs_statistics.mean), array(rnd.obs_statistics.var)
         np.testing.assert_allclose(mean, seen.mean(0), atol=1e-3)  # of s, not of s'
         np.testing.assert_allclose(var, seen.var(0), rtol=1e-2)
-        reward_var = rnd.reward_var.item()
+        reward_var = rnd.reward_statistics.var.item()
         np.testing.assert_allclose(reward_var, rewards.var(), rtol=1e-2)
-    assert rnd.reward_count.item() == pytest.approx(4 * 32 + (1e-4 if normalizer == "code" else 0), abs=1e-6)
+    count = rnd.reward_statistics.count.item()
+    assert count == pytest.approx(4 * 32 + (1e-4 if normalizer == "code" else 0), abs=1e-6)
 
 
 def test_rnd_reward_comes_from_the_predictor_after_its_step():

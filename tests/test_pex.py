@@ -8,6 +8,7 @@ import copy
 import json
 import math
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,14 +19,18 @@ from baseline import (
     Session,
     check_compiled,
     check_determinism_and_resume,
+    check_divergence_is_said,
+    check_own_task,
     check_refused,
     check_scores,
     losses_of,
+    outcome,
     read_lines,
     run_directory,
     small_words,
 )
-from test_golden import INFOS, check_step, load, parameters, read, tensors
+from runner import Box
+from test_golden import INFOS, check_step, load, oriented, parameters, read, tensors
 from test_golden import close as near
 from test_losses import (
     ACT,
@@ -61,7 +66,7 @@ def make_agent(learning_rate=1e-2, inv_temperature=10.0, epsilon=0.1):
     with torch.no_grad():
         for parameter in offline.critic_target.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-        offline.value.layers[-1].bias.sub_(2.0)  # advantages of both signs
+        offline.value.biases[-1].sub_(2.0)  # advantages of both signs
     agent = pex.PEXAgent(OBS, ACT, HIDDEN, learning_rate, CPU, -5.0, inv_temperature, epsilon)
     agent.take_over(offline)
     return agent, offline
@@ -187,12 +192,31 @@ def test_default_coefficients():
     assert (args.inv_temperature, args.epsilon, args.learning_starts, args.offline_ratio) == (10.0, 0.1, 5000, 0.5)
 
 
-def test_played_action_is_clipped(monkeypatch):
-    agent, _ = make_agent()
+def test_evaluated_action_is_clipped(monkeypatch):
+    agent, _ = make_agent(epsilon=1.0)
     set_q(agent, monkeypatch, 0.0, 100.0)
     torch.manual_seed(0)
-    played = np.array([agent.act(np.ones(OBS, np.float32), sample=True) for _ in range(50)])
+    played = np.array([agent.act(np.ones(OBS, np.float32)) for _ in range(50)])
     assert np.abs(played).max() == 1.0 and len(np.unique(played[:, 0])) > 10
+
+
+def test_actions_are_stored_as_proposed_and_played_clipped(tiny, session):
+    """As PEX's own code does."""
+    tiny(PEN)
+    played, step = [], pex.TaskEnv.step
+
+    def record(env, action):
+        played.append(action)
+        return step(env, action)
+
+    session.monkeypatch.setattr(pex.TaskEnv, "step", record)
+    session.spy("evaluate", lambda env, *_: session.monkeypatch.setattr(env, "step", step.__get__(env)))
+    session.run("--env-id", PEN, *SMALL, "--online-steps", 20, "--save-at", "--offline-steps", 0)
+    run = run_directory(pex, PEN)
+    start, end = json.loads((run / "config.json").read_text())["replay_columns"]["actions"]
+    stored = np.fromfile(run / "replay.bin", np.float32).reshape(20, -1)[:, start:end]
+    assert np.abs(stored).max() > 1.2
+    np.testing.assert_array_equal(stored.clip(-1, 1), played)
 
 
 # === the update ===
@@ -229,8 +253,8 @@ def test_golden():
         if step + 1 in hyper["snapshots"]:
             assert check_step(data, learnt, agent.optimizers, step + 1) == len(learnt)
     assert hyper["steps"] in hyper["snapshots"]
-    for name, (parameter, _) in frozen.items():
-        np.testing.assert_array_equal(parameter.detach().numpy(), data[f"step0/{name}"])
+    for name, (parameter, how) in frozen.items():
+        np.testing.assert_array_equal(oriented(parameter, how).detach().numpy(), data[f"step0/{name}"])
 
 
 @pytest.mark.parametrize("bounds", [{}, dict(q_min=-0.4, q_max=0.5)], ids=["unbounded", "bounded"])
@@ -260,10 +284,12 @@ def test_pex_update(bounds):
     q_offline, q_learnt = (np.minimum(*q_values(agent.critic, observations, torch.from_numpy(a)))
                            for a in (offline, learnt))
     chosen = array(uniform) >= 1 / (1 + np.exp(2.0 * (q_learnt - q_offline)))
-    assert 0 < chosen.mean() < 1
+    assert 0 < chosen.mean() < 1 and (q < 0).any() and (q > 0).any()
+    close(losses["losses/q_magnitude"], np.abs(q).mean())
     close(losses["pex/learnt_share"], chosen.mean())
     composed = np.where(chosen[:, None], learnt, offline)
     v = forward(*linears(agent.value), b["observations"])[:, 0]
+    close(losses["losses/v_magnitude"], np.abs(v).mean())
     advantage = np.minimum(*q_values(agent.critic_target, observations, torch.from_numpy(composed))) - v
     close(losses["losses/advantage_mean"], advantage.mean(), 1e-4)
     weight = np.minimum(np.exp(4.0 * advantage), 100.0)
@@ -359,6 +385,8 @@ def test_init_from_takes_the_pretrained_networks(source, session):
     session.spy("evaluate_and_log", lambda run, env, agent, *where: starts.append((*where, copy.deepcopy(agent))))
     rows = session.run("--env-id", PEN, *SMALL, "--online-steps", 20, "--save-at", "--init-from", run)
     check_scores(pex, run_directory(pex, PEN), rows, [20], session.agents[-1])
+    ids = [json.loads((each / "config.json").read_text()) for each in (run_directory(pex, PEN), run)]
+    assert ids[0]["source_run_id"] == ids[1]["run_id"]
     want = torch.load(run / "pretrained.pt", weights_only=True)["agent"]
     (*where, agent), *_ = starts
     assert where == ["online", 0, 15] and all(phase == "online" for phase, *_ in starts)
@@ -380,21 +408,44 @@ def test_offline_phase_is_iql_oos(source, session):
 
 
 def test_init_from_gives_what_the_own_offline_phase_gives(source, session):
-    """From a run of iql_ooo.py or of pex.py itself, with the source's choice of offline data."""
+    """From a run of iql_ooo.py or of pex.py itself."""
     words = ["--env-id", PEN, *SMALL, "--online-steps", 20, "--save-at"]
     session.run(*words)
     own = run_directory(pex, PEN)
     for name, run in (("iql", source / f"{PEN}__iql__1"), ("pex", own)):
         session.run(*words, "--init-from", run, "--exp-name", f"from_{name}")
-        for file in ("policy_20.pt", "replay.bin"):
-            assert Path(f"runs/{PEN}__from_{name}__1/{file}").read_bytes() == (own / file).read_bytes()
+        mine, theirs = outcome(Path(f"runs/{PEN}__from_{name}__1")), outcome(own)
+        for file in ("policy_20.pt", "replay.bin", "checkpoint.pt", "results.json"):
+            assert mine[file] == theirs[file], file
+
+
+def test_init_from_has_the_sources_choice_of_offline_data(source, session):
+    """Another seed than the source's: the subset is drawn by the source's, also when the run is continued."""
+    words = ["--env-id", PEN, *SMALL, "--online-steps", 20, "--save-at", "--data-subset", 50]
+    session.run(*words, "--exp-name", "source")
+    seeds, load = [], pex.load_dataset
+
+    def load_dataset(args, env, seed):
+        seeds.append(seed)
+        return load(args, env, seed)
+
+    session.monkeypatch.setattr(pex, "load_dataset", load_dataset)
+    words += ["--seed", 2, "--exp-name", "other", "--init-from", f"runs/{PEN}__source__1"]
+    session.run(*words)
+    Path(f"runs/{PEN}__other__2/results.json").unlink()
+    session.run(*words, "--resume")
+    session.run(*words[:-2], "--resume")
+    assert seeds == [1, 1]
 
 
 def test_init_from_what_does_not_fit(tiny, source, in_tmp, capsys):
     run, words = source / f"{PEN}__iql__1", ["--env-id", PEN, *SMALL, "--init-from"]
     check_refused(pex, [*words, source / f"{PEN}__rnd__1"], "--intrinsic-reward-scale was 0.5", capsys, in_tmp)
     check_refused(pex, [*words, run, "--expectile", 0.6], "--expectile was 0.8", capsys, in_tmp)
-    check_refused(pex, [*words, run, "--hidden-dims", 8], "--hidden-dims was (16, 16)", capsys, in_tmp)
+    check_refused(pex, [*words, run, "--hidden-dims", 8], "--hidden-dims was [16, 16]", capsys, in_tmp)
+    for flag, value, was in (("--offline-steps", 16, 15), ("--dropout", 0.2, 0.1), ("--learning-rate", 0.001, 0.0003),
+                             ("--tau", 0.01, 0.005), ("--batch-size", 8, 16)):
+        check_refused(pex, [*words, run, flag, value], f"{flag} was {was}", capsys, in_tmp)
     check_refused(pex, [*words, run, "--dataset-id", "D4RL/pen/human-v2"], "sha256", capsys, in_tmp)
     tiny(POINT)
     check_refused(pex, ["--env-id", POINT, "--init-from", run], PEN, capsys, in_tmp)
@@ -422,7 +473,72 @@ def test_init_from_a_damaged_file(source, in_tmp, capsys):
     check_refused(pex, ["--env-id", PEN, *SMALL, "--init-from", "damaged"], "pretrained.pt", capsys, in_tmp)
 
 
+def start_and_kill(box, words, moment):
+    child = box.run(*words, signal_at=(signal.SIGKILL, "os.rename", *moment))
+    assert child.code == -signal.SIGKILL, child.err
+
+
+@pytest.mark.parametrize("gone", [False, True], ids=["moved", "gone"])
+def test_a_run_from_a_source_is_continued(source, tmp_path, gone):
+    """The source is known by its id, wherever it lies; another one is refused; without it the run goes on, too."""
+    box = Box(tmp_path, script="pex.py")
+    try:
+        shutil.copytree(source / f"{PEN}__iql__1", box.work / "source")
+        words = ["--env-id", PEN, *SMALL, "--online-steps", 205, "--save-at", 70]
+        child = box.run(*words, "--init-from", "source", "--exp-name", "whole")
+        assert child.code == 0, child.err
+        start_and_kill(box, [*words, "--init-from", "source"], ("/policy_70.pt", 1))
+        shutil.copytree(box.work / "source", box.work / "other")
+        config = json.loads((box.work / "other" / "config.json").read_text())
+        (box.work / "other" / "config.json").write_text(json.dumps(config | {"run_id": "f" * 16}))
+        child = box.run(*words, "--resume", "--init-from", "other")
+        assert child.code == 2 and "other is not the run" in child.err
+        (box.work / "source").rename(box.work / "moved")
+        if gone:
+            shutil.rmtree(box.work / "moved")
+        child = box.run(*words, "--resume", *([] if gone else ["--init-from", "moved"]))
+        assert child.code == 0, child.err
+        whole, resumed = (outcome(box.work / "runs" / f"{PEN}__{name}__1") for name in ("whole", "pex"))
+        assert whole == resumed
+    finally:
+        box.stop()
+
+
+def test_a_run_that_has_not_taken_over_its_source_needs_it(source, tmp_path):
+    box = Box(tmp_path, script="pex.py")
+    try:
+        words = ["--env-id", PEN, *SMALL, "--online-steps", 20, "--save-at"]
+        start_and_kill(box, [*words, "--init-from", source / f"{PEN}__iql__1"], ("/checkpoint.pt", 2))
+        child = box.run(*words, "--resume")
+        assert child.code == 2 and "--init-from" in child.err
+        child = box.run(*words, "--resume", "--init-from", source / f"{PEN}__iql__1")
+        assert child.code == 0, child.err
+    finally:
+        box.stop()
+
+
 # === resume and errors ===
+
+
+def test_divergence_is_said(tiny, session, capsys):
+    tiny(PEN)
+    check_divergence_is_said(session, ["--env-id", PEN, *SMALL, "--online-steps", 40, "--save-at"], capsys)
+
+
+def test_ceiling_of_values():
+    """The largest |reward| of all data, shifted and scaled, over 1 - gamma."""
+    data = dict(observations=np.zeros((3, OBS)), actions=np.zeros((3, ACT)), rewards=np.array([-7.0, 2.0, 5.0]),
+                next_observations=np.zeros((3, OBS)), terminations=np.zeros(3), episodes=np.zeros(3))
+    buffer = pex.ReplayBuffer(data, 1, CPU)
+    args = pex.Args(reward_bias=-1.0, reward_scale=2.0, gamma=0.9)
+    assert pex.value_ceiling(args, buffer) == pytest.approx(160)
+    buffer.add(observations=0, actions=0, rewards=11.0, next_observations=0, terminations=0, episodes=1)
+    assert pex.value_ceiling(args, buffer) == pytest.approx(200)
+
+
+@pytest.mark.parametrize("gym_id", ["Pendulum-v1", "InvertedPendulum-v5"])
+def test_own_task(in_tmp, monkeypatch, gym_id):
+    check_own_task("pex", in_tmp, monkeypatch, SMALL, gym_id)
 
 
 def test_same_bytes_and_resume_after_sigkill(tiny, tmp_path):

@@ -1,6 +1,7 @@
-"""The replay buffer: layout, growth, rows as bytes and back, memory check, sampling, the choice of high-reward rows."""
+"""The replay buffer: layout, growth, rows as bytes and back, sampling, the choice of high-reward rows."""
 
-from types import SimpleNamespace
+import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
@@ -29,14 +30,15 @@ def equal(one, other):
 
 
 def filled(offline, online, room):
-    """A buffer with offline rows and then online rows, added one by one; and those as bytes."""
+    """A buffer with offline rows and then online rows, added one by one."""
     buffer, data = ooo.ReplayBuffer(rows(offline), room, CPU), rows(online, seed=1)
-    saved = [buffer.add(**{name: value[i] for name, value in data.items()}) for i in range(online)]
-    return buffer, b"".join(saved)
+    for i in range(online):
+        buffer.add(**{name: value[i] for name, value in data.items()})
+    return buffer
 
 
 def test_offline_data_then_what_is_added():
-    buffer, _ = filled(10, 5, 10)
+    buffer = filled(10, 5, 10)
     want = {name: np.concatenate([rows(10)[name], rows(5, seed=1)[name]]) for name in SHAPES}
     assert (buffer.size, buffer.offline_size, buffer.width, buffer.obs_dim, buffer.act_dim) == (15, 10, 11, 3, 2)
     equal(contents(buffer), want)
@@ -49,7 +51,7 @@ def test_offline_data_then_what_is_added():
 
 @pytest.mark.parametrize(("n", "want"), [(2, 2), (5, 5), (1000, 5)])
 def test_the_last_are_online_rows_only(n, want):
-    buffer, _ = filled(10, 5, 10)
+    buffer = filled(10, 5, 10)
     equal({name: value.numpy() for name, value in buffer.last(n).items()},
           {name: value[5 - want :] for name, value in rows(5, seed=1).items()})
     assert len(ooo.ReplayBuffer(rows(10), 10, CPU).last(n)["rewards"]) == 0
@@ -72,32 +74,74 @@ def test_numbers_of_python_and_booleans_are_stored():
 
 
 @pytest.mark.parametrize("n", [0, 1, 25])
-def test_rows_as_bytes_and_back(n):
-    """What add returns is what a run keeps of a transition: all of it, in float32."""
-    buffer, saved = filled(8, n, 40)
-    run = SimpleNamespace(rows=saved)
-    again = ooo.ReplayBuffer(rows(8), 40, CPU)
-    again.extend(ooo.Run.read_replay(run, again.width))
-    assert again.size == 8 + n and len(saved) == 4 * 11 * n
+def test_rows_as_bytes_and_back(tmp_path, n):
+    """replay.bin holds all of a transition, in float32; at a checkpoint it gets the rows that are new."""
+    buffer, again = filled(8, n, 40), ooo.ReplayBuffer(rows(8), 40, CPU)
+    saved = buffer.rows_since(0)
+    assert len(saved) == 4 * 11 * n
+    assert all(saved == saved[: 44 * t] + buffer.rows_since(t) for t in range(n + 1))
+    again.load(*stored(tmp_path, saved), n)
+    assert again.size == 8 + n
     equal(contents(again), contents(buffer))
     again.add(**{name: value[0] for name, value in rows(1).items()})  # it goes on
     assert again.size == 9 + n
+
+
+def stored(tmp_path, saved, size=None):
+    """A replay.bin, of which the first bytes are the run's: path, size and checksum."""
+    (tmp_path / "replay.bin").write_bytes(saved)
+    size = len(saved) if size is None else size
+    return tmp_path / "replay.bin", size, zlib.crc32(saved[:size])
+
+
+@pytest.mark.parametrize(("size", "count"), [(25, 25), (25, 7), (20, 20), (20, 0)])
+def test_rows_of_the_first_bytes_up_to_a_count(tmp_path, size, count):
+    """What was written after the checkpoint is not read; a retraining for t takes the first t of them."""
+    buffer, again = filled(8, 25, 40), ooo.ReplayBuffer(rows(8), 40, CPU)
+    again.load(*stored(tmp_path, buffer.rows_since(0), 44 * size), count)
+    equal(contents(again), {name: value[: 8 + count] for name, value in contents(buffer).items()})
+
+
+def test_many_rows_are_read_part_by_part(tmp_path):
+    """A copy of all of them beside the buffer would be a second one."""
+    n = 50_000
+    one = ooo.ReplayBuffer(rows(0), n, CPU)
+    one.data[:], one.size = torch.rand(n, 11), n
+    place = stored(tmp_path, one.rows_since(0))
+    again = ooo.ReplayBuffer(rows(0), n, CPU)
+    tracemalloc.start()
+    again.load(*place, n)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert torch.equal(one.data, again.data) and again.size == n
+    assert most < 44 * n / 3
+
+
+@pytest.mark.parametrize("damage", ["a bit", "short", "checksum", "count", "half a row"])
+def test_rows_that_are_not_as_written_are_refused(tmp_path, capsys, damage):
+    saved, count = bytearray(filled(8, 25, 40).rows_since(0)), 25
+    path, size, checksum = stored(tmp_path, bytes(saved))
+    if damage == "a bit":
+        saved[500] ^= 1
+        path.write_bytes(saved)
+    elif damage == "short":
+        path.write_bytes(saved[:-44])
+    elif damage == "checksum":
+        checksum += 1
+    elif damage == "count":
+        count = 26
+    else:
+        path, size, checksum = stored(tmp_path, bytes(saved[:-10]))
+    with pytest.raises(SystemExit) as stop:
+        ooo.ReplayBuffer(rows(8), 40, CPU).load(path, size, checksum, count)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and "replay.bin" in err
 
 
 def test_episode_numbers_go_on_after_the_data():
     data = rows(4) | {"episodes": np.float32([0, 0, 7, 7])}
     assert ooo.ReplayBuffer(data, 0, CPU).offline_episodes == 8
     assert ooo.ReplayBuffer(rows(0), 5, CPU).offline_episodes == 0  # no offline data at all
-
-
-def test_memory_is_checked_before_it_is_taken(capsys, monkeypatch):
-    monkeypatch.setattr(torch, "empty", lambda *args, **options: pytest.fail("allocated before the check"))
-    monkeypatch.setattr(ooo.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**30))
-    with pytest.raises(SystemExit) as stop:
-        ooo.ReplayBuffer(rows(1), 2**26 - 1, CPU)  # 11 numbers of 4 bytes a row: 2.75 GiB
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
-    assert "2.75 GiB" in err and "1.00 GiB" in err and "--online-steps" in err
 
 
 # === sampling ===

@@ -1,11 +1,12 @@
 """report.py: numbers computed by hand from run directories made up here."""
 
 import json
+import os
 import re
 import subprocess
 import sys
-import tarfile
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -16,120 +17,113 @@ import report
 import reproduce
 
 ROOT = Path(report.__file__).parent
-HAMMER, PEN = "hammer-truncated-expert-v1", "pen-binary-v0"
+HAMMER, PEN, ANTMAZE = "hammer-truncated-expert-v1", "pen-binary-v0", reproduce.ANTMAZE
 VERSIONS = {"python": "3.11.7", "torch": "2.13.0"}
+HARDWARE = {"gpu": None, "cores": 2, "cpu": "x", "cpu_capability": "AVX2", "matmul_precision": "highest"}
+PLAIN = ("--intrinsic-reward-scale", "0")
 
 
-def make_run(folder, script, env_id, seed, exploration=(), exploitation=(), flags=(), finished=True, **config):
-    """A run directory as a script leaves it. exploration: {t: score}; exploitation: {t: [(gradient step, score)]}."""
-    args = load(f"{script}.py").parse_args(["--env-id", env_id, "--seed", str(seed), *flags])
+def summary(score, success=0.0, far=None, episodes=100):
+    """A final evaluation as in results.json."""
+    values = {"eval/return": 0.0, "eval/success_rate": success, "eval/normalized_score": score,
+              "eval/episodes": episodes, "per_episode": []}
+    return values | ({} if far is None else {"eval/far_success_rate": far})
+
+
+def make_run(folder, script, env_id, seed, exploration=(), exploitation=(), flags=(), finished=True, metrics=(),
+             episodes=(), diverged=(), **config):
+    """A run directory as a script leaves it. exploration, exploitation: {t: score, or keywords of summary}."""
+    args = load(f"{script}.py").parse_args(["--env-id", env_id, "--seed", str(seed), "--exp-name", script, *flags])
     path = Path(folder) / f"{env_id}__{script}{len(list(Path(folder).glob('*')))}__{seed}"
     path.mkdir(parents=True)
-    hardware = {"gpu": None, "cores": 2, "cpu": "x", "matmul_precision": "highest"}
     (path / "config.json").write_text(json.dumps(
-        {"script": script, "args": asdict(args), "versions": VERSIONS, "commit": None, "hardware": hardware,
+        {"script": script, "run_id": "a", "args": asdict(args), "versions": VERSIONS, "commit": None,
+         "script_sha256": "f" * 64, "hardware": HARDWARE, "command": f"{script}.py --seed {seed}", "resumed": [],
          "dataset": {"sha256": "0", "source": "s"}} | config))
-    score = lambda x: {"eval/normalized_score": x, "eval/success_rate": 0.0, "eval/episodes": 10}  # noqa: E731
-    lines = [{"phase": "online", "env_step": t, "grad_step": t, **score(x)} for t, x in dict(exploration).items()]
-    lines += [{"phase": "retrain", "env_step": t, "grad_step": g, **score(x)}
-              for t, points in dict(exploitation).items() for g, x in points]
-    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    final = lambda x: None if x is None else summary(**x) if isinstance(x, dict) else summary(x)  # noqa: E731
+    exploration, exploitation = dict(exploration), dict(exploitation)
+    own = ("policy",) if script in ("td3_rnd", "pex") else ("exploration", "exploitation")
+    rows = [{"env_step": t, **dict(zip(own, (final(exploration.get(t)), final(exploitation.get(t))), strict=False))}
+            for t in sorted({*exploration, *exploitation})]
+    # The curves' last evaluations are not those of the tables.
+    lines = [{"phase": "online", "env_step": t, "grad_step": t, **summary(-1.0)} for t in exploration]
+    lines += [{"phase": "retrain", "env_step": t, "grad_step": step, **summary(-1.0)}
+              for t in exploitation for step in (0, 10)]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, *metrics]))
     if finished:
-        (path / "results.json").write_text("{}")
+        (path / "results.json").write_text(json.dumps(
+            {"script": script, "env_id": env_id, "exp_name": args.exp_name, "seed": seed, "run_id": "a",
+             "source_run_id": None, "rows": rows, "training_episodes": list(episodes), "diverged": dict(diverged)}))
     return path
 
 
 def run_report(tmp_path, *argv, runs=None):
-    out = tmp_path / "out"
-    report.main([str(runs or tmp_path / "runs"), "--out", str(out), *argv])
-    return (out / "report.md").read_text()
+    report.main([str(runs or tmp_path / "runs"), "--out", str(tmp_path / "out"), *argv])
+    return (tmp_path / "out" / "report.md").read_text()
 
 
-def row_of(text, table, task):
-    """{column: text of the cell} of a row of a table."""
-    part = text.split(f"## {table}\n")[1].split("\n## ")[0]
-    head, row = (next(line for line in part.splitlines() if line.startswith(start)) for start in ("| |", f"| {task} |"))
-    return dict(zip(*([x.strip() for x in line.split("|")[2:-1]] for line in (head, row)), strict=True))
+def row_of(text, title, task, words=""):
+    """{column: text of the cell} of a row of a table; words: what the row is of, "" for seeds, episodes and t."""
+    part = text.split(f"## {title}")[1].split("\n## ")[0]
+    head, row = (next(line for line in part.splitlines() if line.startswith(start))
+                 for start in ("| | |", f"| {task} | {words} |"))
+    return dict(zip(*([x.strip() for x in line.split("|")[3:-1]] for line in (head, row)), strict=True))
+
+
+def score_of(text, title, task):
+    return row_of(text, title, task, "normalised score")
+
+
+# === cells ===
 
 
 @pytest.fixture
 def hammer(tmp_path):
     """Three seeds of IQL (10, 20, 60) and of OOO (40, 50, 90), at a hundredth of the budget."""
-    runs, flags = tmp_path / "runs", ("--scale", "0.01", "--retrain-at", "500000")
+    runs, scale = tmp_path / "runs", ("--scale", "0.01")
     for seed, score in ((1, 10.0), (2, 20.0), (3, 60.0)):
-        make_run(runs, "iql_ooo", HAMMER, seed, {0: 3.0, 2500: 99.0, 5000: score},
-                 flags=(*flags[:2], "--intrinsic-reward-scale", "0", "--retrain-at"))
-        make_run(runs, "iql_ooo", HAMMER, seed, {0: 3.0, 5000: 1.0}, {5000: [(0, 0.0), (10, 77.0), (20, score + 30)]},
-                 flags=flags)
+        make_run(runs, "iql_ooo", HAMMER, seed, {5000: score}, flags=(*scale, *PLAIN, "--retrain-at"))
+        make_run(runs, "iql_ooo", HAMMER, seed, {2500: 99.0, 5000: 1.0}, {2500: 99.0, 5000: score + 30}, flags=scale)
     return runs
 
 
-def test_a_cell_is_mean_and_standard_error_of_the_last_scores(hammer, tmp_path):
-    row = row_of(run_report(tmp_path), "Table 2", HAMMER)
-    # Mean 30; deviations -20, -10, 30: variance 1400 / 2 = 700, standard error sqrt(700 / 3) = 15.28.
-    assert row["IQL"] == "**30.0 ± 15.3**<br>3 seeds, 10 episodes, t = 5k (scale 0.01)<br>paper 6 ± 5.6"
-    assert row["OOO (IQL)"].startswith("**60.0 ± 15.3**<br>3 seeds")
-    assert row["PEX"] == "missing<br>paper 6 ± 3.6"
+def test_a_cell_is_mean_and_interval_of_the_final_evaluations(hammer, tmp_path):
+    text = run_report(tmp_path)
+    # Mean 30; deviations -20, -10, 30: variance 1400 / 2 = 700, standard error 15.28; t(2) is 4.303: +-65.7.
+    assert score_of(text, "Table 2", HAMMER) == {
+        "PEX": "", "TD3 + RND": "", "Cal-QL": "", "OOO (Cal-QL)": "", "IQL": "30.0 [-35.7, 95.7]",
+        "OOO (IQL)": "60.0 [-5.7, 125.7]"}
+    row = row_of(text, "Table 2", HAMMER)
+    assert row["IQL"] == "3 seeds, 100 episodes, t = 5k (scale 0.01)" and row["PEX"] == "missing"
+    assert row_of(text, "Table 2", HAMMER, "paper: score ± standard error")["OOO (IQL)"] == "104 ± 12.4"
+    assert "## Table 1" not in text and "## Table 3" not in text and "## Other" not in text
+    assert "No finished run" in run_report(tmp_path, "--only", "table1")
 
 
-def test_interquartile_mean_and_probability_of_improvement():
-    ooo, base = np.array([[0.0], [10.0], [20.0], [100.0]]), np.full((4, 1), 5.0)
-    result = report.intervals(ooo, base)
-    assert result["ooo"][0] == pytest.approx(15.0)  # the middle half: 10 and 20
-    assert result["base"] == pytest.approx((5.0, 5.0, 5.0))
-    assert result["improvement"][0] == pytest.approx(0.75)  # all but 0 exceed 5
-    assert result["ooo"][1] <= 15.0 <= result["ooo"][2]
+def test_methods_are_compared_seed_by_seed(hammer, tmp_path):
+    line, = [x for x in run_report(tmp_path).splitlines() if x.startswith("| OOO (IQL) - IQL |")]
+    # The difference is 30 for each seed; 2 of 8 sign patterns are as extreme.
+    assert line == f"| OOO (IQL) - IQL | {HAMMER} | normalised score | 3 | 30.0 [30.0, 30.0] | 0.25 | 0.25 |"
 
 
-def test_the_small_preset_shows_means_of_the_last_three_evaluations(tmp_path):
-    """Of its own runs only; a run of the paper's sizes is another one."""
-    small = {name: reproduce.small(HAMMER, name) for name in ("iql", "iql_ooo")}
-    flags = {"iql": ["--intrinsic-reward-scale", "0", "--retrain-at", *small["iql"]], "iql_ooo": small["iql_ooo"]}
-    for seed, score in ((1, 10.0), (2, 20.0)):
-        for name, retraining in (("iql", {}), ("iql_ooo", {12_000: [(1, 99.0), *((i, 2 * score) for i in (2, 3, 4))]})):
-            path = make_run(tmp_path / "runs", "iql_ooo", HAMMER, seed,
-                            {0: 99.0, 2000: 99.0, 8000: score - 3, 10_000: score, 12_000: score + 3}, retraining,
-                            flags=flags[name])
-            with open(path / "metrics.jsonl", "a") as file:
-                for success in (True, False, False, False):
-                    file.write(json.dumps({"phase": "online", "env_step": 1, "grad_step": 1,
-                                           "charts/episodic_success": success}) + "\n")
-    make_run(tmp_path / "runs", "iql_ooo", HAMMER, 3, {500_000: 1.0}, {500_000: [(20, 1.0)]})
-    row = row_of(run_report(tmp_path, "--only", "small"), "The small preset", HAMMER)
-    assert row.pop("successes in D_on: IQL, IQL + RND") == "25 %, 25 %"
-    assert {name: text.split(" [")[0] for name, text in row.items()} == {
-        "IQL": "**15.0**", "IQL + RND": "**15.0**", "OOO (IQL)": "**30.0**", "TD3 + RND": "missing", "PEX": "missing"}
-    assert row["IQL"].endswith("[10.0, 20.0] (0 %), 2 seeds")
+def test_statistics():
+    assert report.sign_flip([1.0, 2.0, 3.0]) == 0.25
+    # 3 + 2 - 1 = 4 of at most 6: 3 + 2 + 1, 3 + 2 - 1, and their opposites.
+    assert report.sign_flip([-1.0, 2.0, 3.0]) == 0.5
+    assert report.sign_flip([0.0, 0.0]) == 1.0
+    assert report.sign_flip([1.0] * 20) == 2 / 2**20
+    assert report.sign_flip([1.0, -1.0] * 15) == 1.0 and report.sign_flip([1.0] * 30) < 1e-4
+    assert report.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06]) and report.holm([]) == []
+    assert report.t_interval([1.0, 3.0]) == pytest.approx((2 - 12.706, 2 + 12.706), abs=1e-3)
+    assert report.mean_interval([100.0, 90.0], (0, 100)) == "95.0 [31.5, 100.0]"
+    assert report.mean_interval([7.0]) == "7.0"
 
 
-def test_the_table_in_the_docs_is_that_of_the_packed_runs(tmp_path):
-    with tarfile.open(ROOT / "results" / "small_preset.tar.xz") as archive:
-        archive.extractall(tmp_path, filter="data")
-    text = run_report(tmp_path, "--only", "small", runs=tmp_path / "small_preset").split("## Runs")[0]
-    rows = [line for line in text.splitlines() if line.startswith("| ")]
-    assert len(rows) == 1 + len(reproduce.SMALL)
-    assert all(row in (ROOT / "docs" / "results.md").read_text() for row in rows)
-
-
-def test_statistics_of_a_table(hammer, tmp_path):
-    text = run_report(tmp_path, "--only", "table2")
-    # A quarter of three values is less than one: nothing is trimmed, the IQM is the mean.
-    assert "OOO (IQL) against IQL (1 of 3 tasks, seeds 1, 2, 3): IQM 60.0" in text
-    # P(40, 50, 90 > 10, 20, 60): 40 beats 2 of 3, 50 beats 2, 90 beats 3: 7 / 9.
-    assert "probability of improvement 0.78" in text
-    assert "OOO (Cal-QL) against Cal-QL: fewer than 2 seeds" in text
-
-
-def test_the_time_is_the_papers_share_of_the_budget(tmp_path):
-    runs = tmp_path / "runs"
-    make_run(runs, "calql_ooo", PEN, 1, {500: 1.0, 2500: 42.0, 10_000: 90.0},
-             {2500: [(5, 43.0)], 10_000: [(5, 91.0)]},
-             flags=("--scale", "0.01", "--intrinsic-reward-scale", "0", "--retrain-at"))
-    make_run(runs, "calql_ooo", PEN, 1, {2500: 1.0, 10_000: 2.0}, {2500: [(5, 44.0)], 10_000: [(5, 91.0)]},
-             flags=("--scale", "0.01"))
-    row = row_of(run_report(tmp_path), "Table 1", PEN)
-    assert row["Cal-QL @ 250k"].startswith("**42.0**<br>1 seed, 10 episodes, t = 2.5k (scale 0.01)<br>paper 74 ±")
-    assert "**44.0**" in row["OOO (Cal-QL) @ 250k"]
+def test_the_t_interval_holds_the_mean_of_normal_scores():
+    coverage = __import__("tools.coverage", fromlist=["coverage"])
+    draw, mean = coverage.SCORES["normal"]
+    values = draw(np.random.default_rng(0), (2000, 5))
+    assert 0.93 < np.mean([low < mean < high for low, high in map(report.t_interval, values)]) < 0.97
 
 
 @pytest.mark.parametrize(("env_id", "online_steps", "times", "read"), [
@@ -137,51 +131,166 @@ def test_the_time_is_the_papers_share_of_the_budget(tmp_path):
     (PEN, 1_000_000, (50_000, 240_000, 260_000), 240_000),
     (PEN, 6000, (1500, 3000, 6000), 1500),
     (PEN, 6000, (3000, 6000), None),
-    ("antmaze-goal-missing-large-v2", 1_500_000, (1_100_000, 1_500_000), 1_500_000),
-    ("antmaze-goal-missing-large-v2", 20_000, (10_000, 15_000, 20_000), 15_000),
+    (ANTMAZE, 1_500_000, (1_100_000, 1_500_000), 1_500_000),
+    (ANTMAZE, 20_000, (10_000, 15_000, 20_000), 15_000),
 ])
 def test_a_cell_and_its_base_are_read_at_the_same_time(env_id, online_steps, times, read, tmp_path):
     runs, flags = tmp_path / "runs", ("--online-steps", str(online_steps), "--retrain-at", str(online_steps))
     scores = {t: float(i) for i, t in enumerate(times)}
     for seed in (1, 2):
-        make_run(runs, "calql_ooo", env_id, seed, scores, flags=(*flags, "--intrinsic-reward-scale", "0"))
-        make_run(runs, "calql_ooo", env_id, seed, {t: 99.0 for t in times},
-                 {t: [(5, score)] for t, score in scores.items()}, flags=flags)
-    text = run_report(tmp_path, "--only", "table1" if env_id == PEN else "table2")
-    row = row_of(text, "Table 1" if env_id == PEN else "Table 2", env_id)
-    names = ("Cal-QL @ 250k", "OOO (Cal-QL) @ 250k") if env_id == PEN else ("Cal-QL", "OOO (Cal-QL)")
+        make_run(runs, "calql_ooo", env_id, seed, scores, flags=(*flags, *PLAIN))
+        make_run(runs, "calql_ooo", env_id, seed, {t: 99.0 for t in times}, scores, flags=flags)
+    text = run_report(tmp_path)
+    title, names = ("Table 1", ("Cal-QL @ 250k", "OOO (Cal-QL) @ 250k")) if env_id == PEN else \
+        ("Table 2", ("Cal-QL", "OOO (Cal-QL)"))
+    if read is None:
+        assert title not in text and text.split("## Other runs")[1].count("6k") >= 2
+        return
     for name in names:
-        if read is None:
-            assert row[name].startswith("missing")
-            assert text.count(f"- {name}: {runs}") == 2 and "score at or before t = 1.5k." in text
-        else:
-            assert row[name].startswith(f"**{scores[read]:.1f} ± 0.0**") and f"t = {report.steps(read)} " in row[name]
-    assert ("probability of improvement" in text) == (read is not None)
+        assert score_of(text, title, env_id)[name] == f"{scores[read]:.1f} [{scores[read]:.1f}, {scores[read]:.1f}]"
+        assert f"t = {report.steps(read)} " in row_of(text, title, env_id)[name]
+    assert f"| OOO (Cal-QL) - Cal-QL | {env_id} |" in text
+
+
+def test_figures_read_the_time_of_the_tables(tmp_path):
+    for seed in (1, 2):
+        make_run(tmp_path / "runs", "iql_ooo", ANTMAZE, seed, {1_500_000: 5.0, 2_000_000: 9.0}, flags=PLAIN)
+        make_run(tmp_path / "runs", "iql_ooo", ANTMAZE, seed, {1_500_000: 6.0}, {1_500_000: 7.0})
+    text = run_report(tmp_path)
+    for title in ("Table 2", "Figure 4", "Figure 9", "Figure 12"):
+        row = score_of(text, title, ANTMAZE)
+        assert row["IQL"].startswith("5.0") and row["OOO (IQL)"].startswith("7.0"), title
 
 
 def test_only_equal_times_are_compared(tmp_path):
     runs, flags = tmp_path / "runs", ("--scale", "0.01")
     for seed in (1, 2):
-        make_run(runs, "calql_ooo", PEN, seed, {1000: 1.0, 2500: 42.0}, flags=(*flags, "--intrinsic-reward-scale", "0"))
-        make_run(runs, "calql_ooo", PEN, seed, {}, {2000: [(5, 43.0)], 10_000: [(5, 91.0)]}, flags=flags)
+        make_run(runs, "calql_ooo", PEN, seed, {1000: 1.0, 2500: 42.0}, flags=(*flags, *PLAIN))
+        make_run(runs, "calql_ooo", PEN, seed, {}, {2000: 43.0, 10_000: 91.0}, flags=flags)
     text = run_report(tmp_path, "--only", "table1")
-    row = row_of(text, "Table 1", PEN)
-    assert row["OOO (Cal-QL) @ 250k"].startswith("**43.0") and row["Cal-QL @ 250k"].startswith("**42.0")
-    assert f"- {PEN}: OOO (Cal-QL) @ 250k is read at t = 2k, Cal-QL @ 250k at t = 2.5k; not compared." in text
-    assert "probability of improvement" not in text
+    row = score_of(text, "Table 1", PEN)
+    assert row["OOO (Cal-QL) @ 250k"].startswith("43.0") and row["Cal-QL @ 250k"].startswith("42.0")
+    assert f"- {PEN}: OOO (Cal-QL) is read at t = 2k, Cal-QL at t = 2.5k; not compared." in text
+    assert "| OOO (Cal-QL) - Cal-QL" not in text
 
 
-def test_unfinished_runs_count_only_when_asked(tmp_path):
-    make_run(tmp_path / "runs", "pex", HAMMER, 1, {10: 5.0}, finished=False)
-    assert row_of(run_report(tmp_path), "Table 2", HAMMER)["PEX"].startswith("missing")
-    cell = row_of(run_report(tmp_path, "--unfinished"), "Table 2", HAMMER)["PEX"]
-    assert cell.startswith("**5.0**") and "† unfinished" in cell
+def test_unfinished_runs_do_not_count(tmp_path, capsys):
+    make_run(tmp_path / "runs", "pex", HAMMER, 1, {500: 10.0})
+    make_run(tmp_path / "runs", "pex", HAMMER, 2, {500: 5.0}, finished=False)
+    text = run_report(tmp_path)
+    assert score_of(text, "Table 2", HAMMER)["PEX"] == "10.0" and "| unfinished |" in text
+    assert "1 of 2 runs (1 unfinished)" in capsys.readouterr().out
+
+
+# === the study and other runs ===
+
+# Far success of IQL, IQL's data retrained, the explorer and OOO: a constant and what is added for a seed.
+STUDY = [(2.0, 0), (4.0, 2), (60.0, 20), (90.0, 1)]
+
+
+def make_study(runs, seeds=(1, 2, 3, 4, 5), more=()):
+    env_id = reproduce.MEDIUM
+    episodes = [dict(env_step=600 * i, success=i < 3, start_distance=i, **{"return": 0.0}, length=600)
+                for i in range(1, 5)]
+    for seed in seeds:
+        iql, iql_retrained, explorer, ooo = (
+            dict(score=x - 5, success=min(1, (x + 10) / 100), far=(x + seed * part / 5) / 100) for x, part in STUDY)
+        for algorithm, exploration, exploitation in (
+                ("iql_retrained", {20_000: iql}, {20_000: iql_retrained}),
+                ("iql_ooo", {20_000: explorer}, {20_000: ooo}), ("offline_only", {}, {0: iql})):
+            flags = [*reproduce.small(env_id, algorithm), "--exp-name", algorithm, *more]
+            diverged = {"exploration": dict(phase="online", env_step=77, grad_step=99, magnitude=7e6, ceiling=1e4)}
+            make_run(runs, "iql_ooo", env_id, seed, exploration, exploitation, flags, episodes=episodes,
+                     diverged=diverged if (seed, algorithm) == (3, "iql_ooo") else {})
+
+
+def test_the_study_shows_the_two_by_two_with_its_comparisons(tmp_path):
+    make_study(tmp_path / "runs")
+    text, title, task = run_report(tmp_path), "The study and the small preset", reproduce.MEDIUM
+    row = row_of(text, title, task, "success from far starts, %")
+    assert list(row) == ["IQL", "IQL's data retrained", "IQL + RND", "OOO (IQL)", "D_off alone retrained"]
+    assert {x: y.split(" [")[0] for x, y in row.items()} == {
+        "IQL": "2.0", "IQL's data retrained": "5.2", "IQL + RND": "72.0", "OOO (IQL)": "90.6",
+        "D_off alone retrained": "2.0"}
+    # Far starts are more than 2 cells from the goal: of episodes 1 to 4 the first two are near, and the successes.
+    assert row_of(text, title, task, "episodes of D_on with success, %")["OOO (IQL)"] == "50.0"
+    assert row_of(text, title, task, "the same from far starts, %")["OOO (IQL)"] == "0.0"
+    # OOO - explorer: 90 + seed / 5 - 60 - 4 seed: 30 - 3.8 seed, mean 18.6, all positive.
+    lines = [x for x in text.splitlines() if x.startswith("| OOO (IQL) - ")]
+    assert [x.split("|")[1].strip() for x in lines] == ["OOO (IQL) - IQL + RND", "OOO (IQL) - IQL's data retrained"]
+    assert all("| success from far starts, % | 5 |" in x and x.endswith("| 0.062 | 0.062 |") for x in lines)
+    assert "| 18.6 [" in lines[0]
+    assert "IQL + RND: diverged, mean |Q| or |V| above what rewards can give: seed 3 (7e+06 at online step 77" in text
+    assert "- all: ‡ " in text and "tau 0.02 instead of 0.005" in text and "retrain_steps 46000 of 2000000" in text
+    assert "(scale 0.04) ‡" in row_of(text, title, task)["OOO (IQL)"]
+    assert row_of(text, title, task)["D_off alone retrained"] == "5 seeds, 100 episodes, t = 0 ‡"
+    assert (tmp_path / "out" / "small.png").stat().st_size > 10_000
+    assert "## Table" not in text and "## Other" not in text
+
+
+def test_one_seed_has_no_interval_and_no_comparison(tmp_path):
+    make_study(tmp_path / "runs", seeds=(1,))
+    text, title = run_report(tmp_path, "--only", "small"), "The study and the small preset"
+    assert row_of(text, title, reproduce.MEDIUM, "success from far starts, %")["OOO (IQL)"] == "90.2"
+    assert row_of(text, title, reproduce.MEDIUM)["OOO (IQL)"].startswith("1 seed, ")
+    assert "fewer than 2 seeds in common; not compared" in text and "| OOO (IQL) - " not in text
+
+
+def test_runs_of_no_table_are_shown_under_their_own_names(tmp_path, capsys):
+    """Another --exp-name, a copied script, an online run of an ablation."""
+    runs = tmp_path / "runs"
+    for seed in (1, 2):
+        flags = ("--exp-name", "make_run", "--online-steps", "700", "--retrain-at", "700")
+        make_run(runs, "iql_ooo", reproduce.UMAZE, seed, {700: 5.0}, {700: dict(score=8.0, far=0.5)}, flags)
+        make_run(runs, "iql_ooo", reproduce.UMAZE, seed, {700: 6.0}, {700: 9.0}, flags, command="my_iql.py --seed 1",
+                 script_sha256="0" * 64)
+        make_run(runs, "iql_ooo", reproduce.UMAZE, seed, {700: 6.0}, {700: 9.0}, ("--retrain-upsample", "0"))
+    text = run_report(tmp_path)
+    assert score_of(text, "Other runs", reproduce.UMAZE) == {
+        x: f"{y} [{y}, {y}]" for x, y in {
+            "IQL + RND": 6.0, "OOO without upsampling": 9.0, "IQL + RND (make_run)": 5.0, "OOO (IQL) (make_run)": 8.0,
+            "my_iql, exploitation policy": 9.0, "my_iql, exploration policy": 6.0}.items()}
+    assert "## Table" not in text and "6 of 6 runs are in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (("--offline-steps", "10"), "offline_steps 10 of 50000"),
+    (("--retrain-steps", "10"), "retrain_steps 10 of 2000000"),
+    (("--gamma", "0.9"), "gamma 0.9 instead of 0.99"),
+    (("--hidden-dims", "8"), "hidden_dims [8] instead of [256, 256]"),
+    (("--eval-every", "7", "--eval-episodes", "7", "--log-every", "7"), None),
+])
+def test_what_is_not_the_papers_is_named(flags, words, tmp_path):
+    for name, folder in ((flags, "runs"), ((), "plain")):
+        make_run(tmp_path / folder, "iql_ooo", HAMMER, 1, {}, {500_000: 5.0}, flags=name)
+    text = run_report(tmp_path, "--only", "table2")
+    assert (f"- all: ‡ {words}." in text) if words else ("‡" not in text)
+    assert ("(scale 1) ‡" in row_of(text, "Table 2", HAMMER)["OOO (IQL)"]) == bool(words)
+    assert "‡" not in run_report(tmp_path, "--only", "table2", runs=tmp_path / "plain")
+
+
+def test_a_budget_shrunk_by_scale_is_no_departure_and_learning_starts_is_one(tmp_path):
+    scaled = ("--scale", "0.001")
+    make_run(tmp_path / "runs", "rlpd_ooo", "halfcheetah-sparse-v2", 1, {1000: 50.0}, {1000: 5.0}, scaled)
+    assert "‡" not in run_report(tmp_path, "--only", "table3")
+    make_run(tmp_path / "x", "rlpd_ooo", "halfcheetah-sparse-v2", 1, {1000: dict(score=50.0, episodes=5)}, {},
+             (*scaled, "--goal-x", "10", "--learning-starts", "100"))
+    text = run_report(tmp_path, "--only", "table3", runs=tmp_path / "x")
+    assert row_of(text, "Table 3", "halfcheetah-sparse-v2")["RLPD + RND"] == \
+        "1 seed, 5 episodes, t = 1k (scale 0.001) ‡"
+    assert "goal_x 10.0 instead of None" in text and "learning_starts 1 of 5000" in text  # scaled as well
+    make_run(tmp_path / "y", "pex", HAMMER, 1, {500_000: 50.0}, {}, ("--learning-starts", "100"))
+    assert "- all: ‡ learning_starts 100 of 5000." in run_report(tmp_path, runs=tmp_path / "y")
+
+
+# === what is averaged ===
 
 
 @pytest.mark.parametrize(("change", "words"), [
     (dict(flags=("--gamma", "0.9")), ["gamma 0.99 and 0.9"]),
     (dict(versions={**VERSIONS, "torch": "2.0.0"}), ["version of torch 2.13.0 and 2.0.0"]),
-    (dict(commit="0" * 12), ["script"]),
+    (dict(script_sha256="0" * 64), ["script ffffffffffff and 000000000000"]),
+    (dict(script_sha256=None, commit="abc"), ["script ffffffffffff and unknown (commit abc)"]),
     (dict(dataset={"sha256": "1", "source": "s"}), ["data 0 and 1"]),
     (dict(flags=("--online-steps", "1000", "--save-at", "500")), ["online_steps 500000 and 1000"]),
 ])
@@ -194,34 +303,31 @@ def test_mixed_runs_are_never_averaged(tmp_path, capsys, change, words):
     assert stop.value.code == 2 and err.count("\n") == 1 and not (tmp_path / "out").exists()
     assert all(word in err for word in [*words, *(p.name for p in paths), "--mixed"])
     text = run_report(tmp_path, "--mixed")
-    cell = row_of(text, "Table 2", HAMMER)["PEX"]
-    assert "**10.0**" in cell and "**30.0**" in cell and "20.0" not in cell
+    assert score_of(text, "Table 2", HAMMER)["PEX"] == "10.0<br>30.0"
     assert f"{paths[1]} are not averaged" in text
 
 
-START = {"time": 1.0, "command": "x", "hardware": {"gpu": None, "cores": 2, "cpu": "y", "matmul_precision": "highest"}}
+START = {"time": 1.0, "command": "x", "hardware": HARDWARE, "versions": VERSIONS, "commit": None,
+         "script_sha256": "f" * 64}
 
 
 @pytest.mark.parametrize(("later", "words"), [
     ({"versions": {**VERSIONS, "torch": "2.14.0"}}, "version of torch 2.13.0 and 2.13.0 then 2.14.0"),
     ({"versions": VERSIONS | {"mujoco": "3.3.7"}}, "version of mujoco None and None then 3.3.7"),
-    ({"commit": "0" * 12}, "script commit None and commit None then commit 000000000000"),
+    ({"script_sha256": "0" * 64}, "script ffffffffffff and ffffffffffff then 000000000000"),
 ])
-def test_a_run_continued_on_other_versions_or_commit_is_not_averaged(later, words, tmp_path, capsys):
-    """The same start again is no change; configs without these keys are those of the other tests."""
-    same = [{**START, "versions": VERSIONS, "commit": None}] * 2
+def test_a_run_continued_on_other_versions_or_script_is_not_averaged(later, words, tmp_path, capsys):
+    """The same start again is no change, and neither is another commit of the same text."""
+    same = [START, START | {"commit": "other"}]
     make_run(tmp_path / "runs", "pex", HAMMER, 1, {500: 10.0}, run_id="a", resumed=[])
     make_run(tmp_path / "runs", "pex", HAMMER, 2, {500: 30.0}, run_id="b", resumed=same)
-    assert "**20.0 ± 10.0**" in run_report(tmp_path)
-    make_run(tmp_path / "runs", "pex", HAMMER, 3, {500: 50.0}, run_id="c", resumed=[*same, {**same[0], **later}])
+    assert score_of(run_report(tmp_path), "Table 2", HAMMER)["PEX"].startswith("20.0 [")
+    make_run(tmp_path / "runs", "pex", HAMMER, 3, {500: 50.0}, run_id="c", resumed=[*same, {**START, **later}])
     with pytest.raises(SystemExit) as stop:
         run_report(tmp_path)
     assert stop.value.code == 2 and words in capsys.readouterr().err
     text = run_report(tmp_path, "--mixed", "--only", "table2")
-    cell = row_of(text, "Table 2", HAMMER)["PEX"]
-    assert "**20.0 ± 10.0**" in cell and "**50.0**" in cell and "‡" in cell
-    note, = [line for line in text.splitlines() if line.startswith(f"- ‡ {HAMMER}, PEX: ")]
-    assert words.split(" and ")[1] in note
+    assert score_of(text, "Table 2", HAMMER)["PEX"].endswith("<br>50.0") and words.split(" and ")[1] in text
 
 
 def test_settings_that_a_run_of_an_older_script_has_not_are_named(tmp_path):
@@ -229,12 +335,41 @@ def test_settings_that_a_run_of_an_older_script_has_not_are_named(tmp_path):
     config = json.loads((path / "config.json").read_text())
     del config["args"]["epsilon"]
     (path / "config.json").write_text(json.dumps(config))
-    assert f"- ‡ {HAMMER}, PEX: made before there was epsilon.\n" in run_report(tmp_path)
+    assert "made before there was epsilon" in run_report(tmp_path)
+
+
+def test_settings_that_do_not_bear_on_the_cell_do_not_separate_runs(tmp_path):
+    make_run(tmp_path / "runs", "iql_ooo", HAMMER, 1, {500_000: 10.0}, flags=PLAIN)
+    make_run(tmp_path / "runs", "iql_ooo", HAMMER, 2, {500_000: 30.0}, flags=(
+        *PLAIN, "--retrain-steps", "5", "--retrain-at", "100", "--log-every", "7", "--eval-episodes", "3"))
+    assert score_of(run_report(tmp_path), "Table 2", HAMMER)["IQL"].startswith("20.0 [")
+
+
+def test_two_scores_of_one_seed_are_refused(tmp_path, capsys):
+    for score in (1.0, 2.0):
+        make_run(tmp_path / "runs", "pex", HAMMER, 1, {500: score})
+    with pytest.raises(SystemExit):
+        run_report(tmp_path)
+    assert "same seed" in capsys.readouterr().err
+    assert score_of(run_report(tmp_path, "--exclude", "*pex0*"), "Table 2", HAMMER)["PEX"] == "2.0"
+
+
+@pytest.mark.parametrize("algorithm", [name for name in reproduce.ALGORITHMS if name != "pointmass_didactic"])
+def test_algorithms_are_known_by_their_settings(algorithm):
+    what = reproduce.ALGORITHMS[algorithm]
+    script, env_id = load(what.script), "halfcheetah-sparse-v2" if "rlpd" in algorithm else reproduce.MAZE2D
+    args = script.parse_args(["--env-id", env_id, *reproduce.merged(what.flags), "--exp-name", "anything"])
+    config = {"script": Path(what.script).stem, "args": json.loads(json.dumps(asdict(args)))}
+    # The data of IQL are retrained or not: both are IQL.
+    assert report.identify(config) == {"iql_retrained": "iql"}.get(algorithm, algorithm)
+
+
+# === what cannot be read ===
 
 
 def damage(path, kind):
     """Damage a run directory; returns what it then is to be called."""
-    config, metrics = path / "config.json", path / "metrics.jsonl"
+    config, metrics, results = path / "config.json", path / "metrics.jsonl", path / "results.json"
     if kind == "records":
         metrics.write_text("{" + metrics.read_text())
         return "line 1 of"
@@ -242,8 +377,15 @@ def damage(path, kind):
         metrics.unlink()
         return "No such file"
     if kind == "a score":
-        metrics.write_text(metrics.read_text().replace("30.0", "NaN"))
+        results.write_text(results.read_text().replace("30.0", "NaN"))
         return "nan"
+    if kind == "an episode":
+        results.write_text(results.read_text().replace('"training_episodes": []', '"training_episodes": [{}]'))
+        return "env_step"
+    if kind in ("rows", "diverged"):
+        content = json.loads(results.read_text()) | {kind: [1] if kind == "rows" else {"exploration": {"phase": 1}}}
+        results.write_text(json.dumps(content))
+        return "cannot be read"
     if kind == "no config":
         config.unlink()
         return "No such file"
@@ -251,41 +393,47 @@ def damage(path, kind):
         config.write_text(config.read_text()[:-20])
         return "cannot be read"
     if kind == "results":
-        (path / "results.json").write_text("{")
+        results.write_text("{")
         return "cannot be read"
     changed = json.loads(config.read_text())
-    changed |= {"script": {"script": "other"}, "hardware": {"hardware": None}, "starts": {"resumed": ["x"]}}[kind]
+    changed |= {"script": {"script": 7}, "hardware": {"hardware": None}, "starts": {"resumed": ["x"]}}[kind]
     config.write_text(json.dumps(changed))
-    return "other" if kind == "script" else "cannot be read"
+    return "cannot be read"
 
 
-@pytest.mark.parametrize("kind", ["records", "no records", "a score", "no config", "half a config", "results", "script",
-                                  "hardware", "starts"])
+@pytest.mark.parametrize("kind", ["records", "no records", "a score", "an episode", "rows", "diverged", "no config",
+                                  "half a config", "results", "script", "hardware", "starts"])
 def test_a_run_that_cannot_be_read_is_left_out_by_name(kind, tmp_path, capsys):
     paths = [make_run(tmp_path / "runs", "pex", HAMMER, seed, {500: 10.0 * seed}) for seed in (1, 2, 3)]
     word = damage(paths[2], kind)
     text = run_report(tmp_path)
     out, err = capsys.readouterr()
-    assert row_of(text, "Table 2", HAMMER)["PEX"].startswith("**15.0 ± 5.0**<br>2 seeds")
+    assert score_of(text, "Table 2", HAMMER)["PEX"].startswith("15.0 [")
     line, = [line for line in text.splitlines() if "left out" in line]
     assert paths[2].name in line and word in line
     assert err.count("\n") == 1 and paths[2].name in err and "2 of 3 runs (1 left out)" in out
 
 
 def test_a_half_written_last_record_is_read_past(tmp_path, capsys):
-    path = make_run(tmp_path / "runs", "pex", HAMMER, 1, {400: 1.0, 500: 10.0})
+    path = make_run(tmp_path / "runs", "pex", HAMMER, 1, {500: 10.0})
     with open(path / "metrics.jsonl", "a") as file:
         file.write('{"phase": "onl')
-    assert row_of(run_report(tmp_path), "Table 2", HAMMER)["PEX"].startswith("**10.0**")
+    assert score_of(run_report(tmp_path), "Table 2", HAMMER)["PEX"] == "10.0"
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "half written" in err and str(path) in err
 
 
-def test_a_point_mass_whose_results_are_damaged_is_named(tmp_path, capsys):
+def test_the_point_mass_has_its_own_table_and_damage_is_named(tmp_path, capsys):
     path = make_run(tmp_path / "runs", "pointmass_didactic", "point-mass-wall", 1)
-    (path / "figure2.png").write_bytes(b"")
-    assert f"{path.name} is left out" in run_report(tmp_path, "--only", "figure2")
-    assert "KeyError" in capsys.readouterr().err
+    (path / "figure2.png").write_bytes(b"a picture")
+    row = {"policy": "IQL", "seeds": [1, 2], "steps": [30, 40], "success": [1, 0.5], "under": [1, 0]}
+    results = {"rows": [row], "episodes_per_seed": 5, "shortest_steps": {x: {"mean": 28} for x in ("under", "over")}}
+    (path / "results.json").write_text(json.dumps(results))
+    make_run(tmp_path / "runs", "pointmass_didactic", "point-mass-wall", 2)
+    text = run_report(tmp_path)
+    assert "| IQL | 35.0 ± 5.0 | 75.0 ± 25.0 | 50.0 ± 50.0 |" in text
+    assert (tmp_path / "out" / "figure2.png").read_bytes() == b"a picture"
+    assert "pointmass_didactic1__2 is left out" in capsys.readouterr().err
 
 
 HOSTILE = ["<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "[x](javascript:alert(1))", "![x](http://x/y.png)",
@@ -300,9 +448,10 @@ def test_what_comes_from_a_run_is_only_text_in_the_page(text, tmp_path):
     def pages(name, word):
         runs = tmp_path / name
         paths = [make_run(runs, "pex", HAMMER, seed, {500: 30.0}, flags=("--dataset-id", word), commit=word,
-                          versions={"torch": word}, resumed=[{**START, "versions": {word: word}, "commit": "x"}],
-                          hardware={"gpu": word, "cores": 1, "cpu": word, "matmul_precision": word}) for seed in (1, 2)]
+                          script_sha256=None, versions={"torch": word}, hardware={**HARDWARE, "gpu": word},
+                          resumed=[{**START, "versions": {word: word}, "commit": "x"}]) for seed in (1, 2)]
         paths[1].rename(paths[1].with_name(f"{word.replace('/', '')}"[:99] + "-"))
+        make_run(runs, "pex", "pen-binary-v0", 1, {500: 30.0}, flags=("--exp-name", "x"))
         config = make_run(runs, "rlpd_ooo", "ant-sparse-v2", 1, {500: 30.0}) / "config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | {"script": word}))
         report.main([str(runs), "--out", str(tmp_path / "out"), "--only", "table2", "table3"])
@@ -310,54 +459,6 @@ def test_what_comes_from_a_run_is_only_text_in_the_page(text, tmp_path):
 
     page = pages("runs", text)
     assert tags(page) == tags(pages("plain", "word")) and "\x1b" not in page
-
-
-def test_settings_that_do_not_bear_on_the_cell_do_not_separate_runs(tmp_path):
-    make_run(tmp_path / "runs", "iql_ooo", HAMMER, 1, {500: 10.0}, flags=("--intrinsic-reward-scale", "0"))
-    make_run(tmp_path / "runs", "iql_ooo", HAMMER, 2, {500: 30.0}, flags=(
-        "--intrinsic-reward-scale", "0", "--retrain-steps", "5", "--retrain-at", "100", "--log-every", "7"))
-    assert row_of(run_report(tmp_path), "Table 2", HAMMER)["IQL"].startswith("**20.0 ± 10.0**")
-
-
-def test_settings_that_are_not_the_papers_are_named(tmp_path):
-    make_run(tmp_path / "runs", "rlpd_ooo", "halfcheetah-sparse-v2", 1, {1000: 50.0}, flags=(
-        "--goal-x", "10", "--utd-ratio", "1", "--scale", "0.001"))
-    text = run_report(tmp_path)
-    assert row_of(text, "Table 3", "halfcheetah-sparse-v2")["RLPD + RND"].startswith(
-        "**50.0**<br>1 seed, 10 episodes, t = 1k (scale 0.001) ‡")
-    assert "- ‡ halfcheetah-sparse-v2, RLPD + RND: utd_ratio 1 instead of 20, goal_x 10.0 instead of None.\n" in text \
-        or "- ‡ halfcheetah-sparse-v2, RLPD + RND: goal_x 10.0 instead of None, utd_ratio 1 instead of 20.\n" in text
-
-
-def test_two_scores_of_one_seed_are_refused(tmp_path, capsys):
-    for score in (1.0, 2.0):
-        make_run(tmp_path / "runs", "pex", HAMMER, 1, {500: score})
-    with pytest.raises(SystemExit):
-        run_report(tmp_path)
-    assert "same seed" in capsys.readouterr().err
-    assert "**2.0**" in run_report(tmp_path, "--exclude", "*pex0*")
-
-
-def test_the_page_needs_no_other_file(hammer, tmp_path):
-    run_report(tmp_path)
-    page = (tmp_path / "out" / "report.html").read_text()
-    sources = re.findall(r'(?:src|href)="([^"]*)"', page)
-    assert sources and all(source.startswith("data:image/png;base64,") for source in sources)
-    assert (tmp_path / "out" / "figure4.png").exists()
-
-
-@pytest.mark.parametrize("algorithm", [name for name in reproduce.ALGORITHMS if name != "pointmass_didactic"])
-def test_algorithms_are_known_by_their_settings(algorithm, monkeypatch):
-    target = next(t for t, parts in reproduce.TARGETS.items() if any(algorithm in names for _, names in parts))
-    runs = reproduce.expand(*reproduce.parse_args([target, "--seeds", "1", "--algorithms", algorithm]))
-    run = next(run for run in runs if run.algorithm == algorithm)
-    source = next((r for r in runs if r.name == run.source), None)
-    module = load(run.command[1])
-    if source:
-        args = module.parse_args(source.command[2:])
-        monkeypatch.setattr(module, "read_config", lambda *_: {"args": asdict(args)})
-    args = module.parse_args([*run.command[2:-2], "--exp-name", "anything"])
-    assert report.identify({"script": Path(run.command[1]).stem, "args": asdict(args)}) == algorithm
 
 
 @pytest.mark.parametrize(("argv", "words"), [
@@ -376,7 +477,7 @@ def test_bad_input_is_one_line(argv, words, in_tmp, capsys, monkeypatch):
     assert all(word in err for word in words) and list(in_tmp.iterdir()) == []
 
 
-def test_an_output_that_is_a_file_and_a_disk_that_fails_are_one_line(tmp_path, capsys, monkeypatch):
+def test_an_output_that_is_a_file_and_a_disk_that_fails_are_one_line(tmp_path, capsys):
     make_run(tmp_path / "runs", "pex", HAMMER, 1, {500: 10.0})
     (tmp_path / "out").write_text("mine")
     with pytest.raises(SystemExit) as stop:
@@ -384,27 +485,69 @@ def test_an_output_that_is_a_file_and_a_disk_that_fails_are_one_line(tmp_path, c
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and str(tmp_path / "out") in err
     assert (tmp_path / "out").read_text() == "mine"
-    # A limit on the size of a file fails as a full disk does; what was there before stays whole.
+    # A limit on the size of a file fails as a full disk does; what was there before stays whole. Neither git nor a
+    # back end of matplotlib that is not installed matters.
     out = tmp_path / "report"
     out.mkdir()
     (out / "report.md").write_text("before")
     command = f"ulimit -f 1; exec {sys.executable} {report.__file__} runs --only table2 table1"
-    result = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    env = {**os.environ, "MPLBACKEND": "module://nowhere.backend"}
+    result = subprocess.run(["/bin/bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, env=env)
     assert result.returncode == 1 and result.stderr.count("\n") == 1 and "report.md" in result.stderr
     assert [path.name for path in out.iterdir()] == ["report.md"] and (out / "report.md").read_text() == "before"
+    command = [sys.executable, report.__file__, "runs"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env | {"PATH": "/nowhere"})
+    assert result.returncode == 0 and result.stderr == "" and "1 of 1 runs are in report/report.md" in result.stdout
 
 
-def test_figures_of_the_papers_tasks_and_of_the_data_are_drawn(tmp_path):
-    runs, antmaze = tmp_path / "runs", "antmaze-goal-missing-large-v2"
-    for flags in ((), ("--retrain-frozen-rnd",), ("--retrain-algorithm", "td3"), ("--warm-start",)):
-        make_run(runs, "iql_ooo", antmaze, 1, {1000: 3.0}, {2_000_000: [(5, 1.0), (10, 2.0)]}, flags=flags)
+# === pictures ===
+
+
+def test_the_page_needs_no_other_file(hammer, tmp_path):
+    run_report(tmp_path)
+    page = (tmp_path / "out" / "report.html").read_text()
+    sources = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert sources and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert (tmp_path / "out" / "figure4.png").exists()
+
+
+def test_figures_of_the_papers_tasks_and_of_the_data_are_drawn(tmp_path, monkeypatch):
+    runs, drawn = tmp_path / "runs", {}
+    draw = report.draw
+    monkeypatch.setattr(report, "draw", lambda tasks, columns, kinds, *x: drawn.setdefault(kinds, []).append(columns) or
+                        draw(tasks, columns, kinds, *x))
+    losses = [{"phase": "retrain", "env_step": 1_500_000, "grad_step": g, "losses/q_mean": 1.0} for g in (5, 10)]
+    for flags in ((), ("--retrain-frozen-rnd",), ("--retrain-algorithm", "td3"), ("--warm-start",), ("--sync",)):
+        make_run(runs, "iql_ooo", ANTMAZE, 1, {1_500_000: 3.0}, {1_000_000: 5.0, 1_500_000: 6.0}, flags, metrics=losses)
     for flags in ((), ("--no-bound-uniform-actions",)):
-        make_run(runs, "calql_ooo", "kitchen-mixed-v0", 1, {1000: 3.0}, flags=("--intrinsic-reward-scale", "0", *flags))
+        make_run(runs, "calql_ooo", "kitchen-mixed-v0", 1, {250_000: 3.0}, flags=(*PLAIN, *flags))
     (runs / "figure6.png").write_bytes(b"a picture")
     text = run_report(tmp_path)
-    for figure in (3, 5, 6, 7, 13):
+    for figure in (3, 5, 6, 7, 13, 14):
         assert f"## Figure {figure}:" in text
-    assert f"- ‡ {antmaze}, OOO, warm start: warm_start" not in text.split("## Figure 13:")[1]  # it is what it shows
-    make_run(runs, "iql_ooo", antmaze, 1, {1000: 3.0}, {2_000_000: [(5, 1.0)]}, flags=("--sync", "--gamma", "0.9"))
-    assert f"- ‡ {antmaze}, sync: OOO (IQL): gamma 0.9 instead of 0.99.\n" in run_report(tmp_path, "--only", "figure14")
+    assert "warm_start" not in text.split("## Figure 13:")[1].split("## Figure 14:")[0]  # it is what it shows
+    assert drawn["exploitation",] == [["OOO (IQL)", "OOO with warm start"]]
+    assert drawn["losses/q_mean", "retrain"] == [["OOO (IQL)", "OOO with TD3"]]
     assert (tmp_path / "out" / "figure6.png").read_bytes() == b"a picture"
+
+
+def test_points_of_a_panel(tmp_path):
+    lines = [{"phase": "pretrain", "env_step": 0, "grad_step": 200, **summary(1.0)},
+             {"phase": "online", "env_step": 300, "grad_step": 500, **summary(2.0, far=0.5)},
+             {"phase": "online", "env_step": 400, "grad_step": 600, "rnd/online_scaled_mean": 0.25},
+             {"phase": "retrain", "env_step": 300, "grad_step": 10, **summary(3.0)},
+             {"phase": "retrain", "env_step": 600, "grad_step": 20, "losses/q_mean": 9.0, **summary(4.0)}]
+    flags = ("--offline-steps", "200", "--online-steps", "600", "--retrain-at", "300", "600")
+    path = make_run(tmp_path, "iql_ooo", reproduce.MAZE2D, 1, {}, {}, flags, metrics=lines)
+    results = json.loads((path / "results.json").read_text())
+    results["rows"] = [{"env_step": t, "exploration": None, "exploitation": summary(t / 100)} for t in (300, 600)]
+    (path / "results.json").write_text(json.dumps(results))
+    record, found = report.read_run(path), {}
+    for kind, policy in product(("curves", "exploration", "exploitation", "retrain", "rnd/online_scaled_mean",
+                                 "losses/q_mean"), ("exploration", "exploitation")):
+        found[kind, policy[4:6]] = report.points(record, kind, policy, "score")
+    assert {key: value for key, value in found.items() if value} == {
+        ("curves", "or"): {0: 1.0, 300: 2.0}, ("exploration", "or"): {0: 1.0, 300: 2.0},
+        ("curves", "oi"): {300: 3.0, 600: 6.0}, ("exploitation", "oi"): {300: 3.0, 600: 6.0},
+        ("retrain", "oi"): {20: 4.0}, ("rnd/online_scaled_mean", "or"): {400: 0.25}, ("losses/q_mean", "oi"): {20: 9.0}}
+    assert report.points(record, "curves", "exploration", "far") == {300: 50.0}

@@ -31,7 +31,7 @@ def expand(*argv):
 
 def test_there_is_a_target_for_every_table_and_figure():
     figures = [f"figure{i}" for i in range(2, 15)]
-    assert set(reproduce.TARGETS) == {"table1", "table2", "table3", *figures, "smoke"}
+    assert set(reproduce.TARGETS) == {"table1", "table2", "table3", *figures, "study", "smoke"}
 
 
 def test_figures_have_the_tasks_that_the_paper_names():
@@ -52,10 +52,17 @@ def test_figure6_is_a_picture_of_the_data(capsys):
 def test_every_cell_of_the_papers_tables_has_its_runs(table):
     report = load("report.py")
     rows = {key for key in PAPER[table] if key not in ("budget", "columns", "average")}
-    runs = {(run.env_id, run.algorithm, run.seed) for run in expand(table, "--seeds", "3")}
-    wanted = {(row, report.COLUMNS[column][0], seed)
-              for row in rows for column in PAPER[table]["columns"] for seed in (1, 2, 3)}
-    assert runs == wanted
+    runs = {(run.env_id, run.algorithm, run.seed): run for run in expand(table, "--seeds", "3")}
+    labels = [head.removesuffix(" @ 250k") for head in PAPER[table]["columns"]]
+    columns = {next(name for name, pair in report.LABELS.items() if label in pair): label for label in labels}
+    assert runs.keys() == {(row, name, seed) for row in rows for name in {
+        name for name, pair in report.LABELS.items() if name in columns} for seed in (1, 2, 3)} - {
+        (row, "rlpd_no_up", seed) for row in rows for seed in (1, 2, 3)}
+    # Each has a final evaluation at the t at which the paper reads it.
+    for (env_id, algorithm, seed), run in runs.items():
+        args = asdict(load(run.command[1]).parse_args(run.command[2:])) if seed == 1 else None
+        times = args and (*(args.get("retrain_at") or args.get("save_at") or ()), args["online_steps"])
+        assert not times or reproduce.table_time(env_id, algorithm) in times, (env_id, algorithm, times)
 
 
 @each_target
@@ -82,19 +89,34 @@ def test_commands_parse_and_make_the_directories_that_are_named(target, monkeypa
         before[run.name] = run
 
 
-def test_the_small_preset_gives_every_method_of_a_task_the_same_settings():
-    runs = expand("table2", "--preset", "small", "--seeds", "1")
-    assert {run.env_id for run in runs} == set(reproduce.SMALL)
-    assert {run.algorithm for run in runs} == {"iql", "iql_ooo", "td3_rnd", "pex"}
-    for env_id in reproduce.SMALL:
-        parsed = {run.algorithm: asdict(load(run.command[1]).parse_args(run.command[2:]))
-                  for run in runs if run.env_id == env_id}
-        for name in ("online_steps", "offline_steps", "hidden_dims", "learning_rate", "tau", "rnd_hidden_dims",
-                     "dataset_id", "eval_every", "eval_episodes", "batch_size"):
+@pytest.mark.parametrize("argv", [("table2", "--preset", "small"), ("study",)])
+def test_the_small_preset_gives_every_method_of_a_task_the_same_settings(argv):
+    runs = expand(*argv, "--seeds", "1")
+    for env_id in {run.env_id for run in runs}:
+        (data, offline, online, ratio) = reproduce.SMALL[env_id]
+        parsed = {}
+        for run in (run for run in runs if run.env_id == env_id and not run.source):
+            parsed[run.algorithm] = asdict(load(run.command[1]).parse_args(run.command[2:]))
+        for name in ("hidden_dims", "learning_rate", "tau", "rnd_hidden_dims", "dataset_id", "eval_every",
+                     "eval_episodes", "final_episodes", "batch_size", "reward_scale", "retrain_reward_scale"):
             assert len({args[name] for args in parsed.values() if name in args}) == 1, (env_id, name)
-        args = parsed["iql_ooo"]
-        assert args["retrain_at"] == (args["online_steps"],) == parsed["pex"]["save_at"]
-        assert parsed["iql"]["retrain_at"] == ()
+        for algorithm, args in parsed.items():
+            alone, equal = algorithm == "offline_only", algorithm == "iql_equal_updates"
+            assert args["online_steps"] == (0 if alone else online)
+            assert args.get("offline_steps", offline) == (0 if alone else 3 * offline if equal else offline)
+            assert tuple(args.get("retrain_at", args.get("save_at"))) == ((0,) if alone else () if equal else (online,))
+            # As many updates as the paper's share, and the control has as many in all.
+            assert args.get("retrain_steps", 0) in (0, round(ratio * (offline + online)))
+            assert not equal or args["updates_per_step"] * online + args["offline_steps"] == 3 * (offline + online)
+
+
+def test_the_study_has_all_arms():
+    names = {env_id: [run.algorithm for run in expand("study", "--seeds", "1", "--only", env_id)]
+             for env_id in (reproduce.MEDIUM, reproduce.UMAZE)}
+    assert names == {
+        reproduce.MEDIUM: ["iql_retrained", "iql_ooo", "offline_only", "frozen_rnd", "no_bounds", "no_up",
+                           "iql_equal_updates"], reproduce.UMAZE: ["iql_retrained", "iql_ooo", "offline_only"]}
+    assert [run.seed for run in expand("study", "--seeds", "2", "--only", reproduce.UMAZE)] == [1, 1, 1, 2, 2, 2]
 
 
 def test_retrainings_reuse_the_online_run():
@@ -112,6 +134,7 @@ def test_options_narrow_and_scale():
     assert shlex.join(run.command) == (
         "python iql_ooo.py --env-id pen-binary-v0 --seed 1 --intrinsic-reward-scale 0 --retrain-at --scale 0.1 "
         "--compile --exp-name iql --runs-dir elsewhere --torch-threads 2")
+    assert reproduce.merged("--a 1 2 --b", "--a -3 --c x", "--a") == ["--a", "--b", "--c", "x"]
     point, = expand("figure2", "--seeds", "3")
     assert "--num-seeds 3" in shlex.join(point.command)
 
@@ -121,7 +144,7 @@ def test_options_narrow_and_scale():
     (["table2", "--only", "hammer-truncated-expert-v0"], ["did you mean hammer-truncated-expert-v1"]),
     (["table2", "--algorithms", "iql_oo"], ["did you mean iql_ooo"]),
     (["table2", "--seeds", "0"], ["--seeds 0", "from 1 to"]),
-    (["table1", "--preset", "small"], ["--preset small has table2 only"]),
+    (["table1", "--preset", "small"], ["--preset small has table2, study only"]),
     (["table2", "--scale", "0"], ["--scale 0"]),
     (["table2", "--scale", "inf"], ["--scale inf"]),
     (["table2", "--gpus-per-run", "-1"], ["--gpus-per-run -1"]),
@@ -144,12 +167,11 @@ def test_no_number_may_be_nan(name, capsys):
 
 
 @pytest.mark.parametrize(("flags", "words"), [
-    ("--no-such-flag", ["--no-such-flag", "iql_ooo.py", "td3_rnd.py"]),
-    ("--gamma nan", ["--gamma nan"]),
-    ("--gamma x", ["--gamma", "'x'"]),
-    ("--expectile 0.9", ["calql_ooo.py, td3_rnd.py: Unrecognized options", "--expectile", "iql_ooo.py, pex.py would"]),
+    ("--no-such-flag", ["--no-such-flag"]),
+    ("--gamma nan", ["gamma", "nan"]),
+    ("--gamma x", ["--gamma", "x"]),
+    ("--expectile 0.9", ["--expectile"]),
     ("--seed 3", ["--only, --seeds"]),
-    ("--help", ["--help"]),
 ])
 def test_flags_that_a_script_refuses_are_refused_before_anything_starts(flags, words, in_tmp, capsys):
     for dry in (["--dry-run"], []) if flags == "--gamma nan" else ([],):
@@ -157,8 +179,7 @@ def test_flags_that_a_script_refuses_are_refused_before_anything_starts(flags, w
             only = ["--only", "hammer-truncated-expert-v1", "--seeds", "1"]
             reproduce.main(["table2", *only, *dry, "--", *flags.split()])
         out, err = capsys.readouterr()
-        assert stop.value.code == 2 and err.count("\n") == 1 and out == ""
-        assert all(word in err for word in words), err
+        assert stop.value.code == 2 and out == "" and all(word in err for word in words), err
     assert list(in_tmp.iterdir()) == []
 
 
@@ -243,8 +264,8 @@ def shell(command, folder):
 
 def test_an_output_stream_that_goes_away_is_no_traceback(tmp_path):
     assert shell("$PY $TOOL table1 --dry-run | head -1", tmp_path)[::2] == (0, "")
-    assert shell("$PY $TOOL table1 --dry-run > /dev/full", tmp_path)[::2] == (0, "")
-    assert shell("$PY $TOOL table1 --scale 0 2> /dev/full", tmp_path) == (2, "", "")
+    assert shell("$PY $TOOL table1 --dry-run > /dev/full", tmp_path)[::2] == (
+        1, "error: output: No space left on device\n")
 
 
 def test_ctrl_c_and_a_failing_disk_are_one_line(tmp_path):
@@ -266,18 +287,36 @@ def test_progress_counts_the_steps_of_all_phases(tmp_path):
     (path / "timing.jsonl").write_text('{"charts/SPS": 10.0}\n')
     for record, done in (({"phase": "pretrain", "env_step": 0, "grad_step": 40}, 40),
                          ({"phase": "online", "env_step": 60, "grad_step": 160}, 160),
-                         ({"phase": "retrain", "env_step": 100, "grad_step": 20}, 220),
-                         ({"phase": "retrain", "env_step": 200, "grad_step": 50}, 400)):
-        (path / "metrics.jsonl").write_text(json.dumps(record | {"eval/normalized_score": 7.0}) + '\n{"half')
-        state = reproduce.progress(run, tmp_path)
-        assert state["done"] == done / 400 and state["left"] == (400 - done) / 10 and state["score"] == 7.0
-    # Scripts that write a run_id retrain after the online phase, unless with --sync.
-    (path / "config.json").write_text(json.dumps({"run_id": "a", "args": settings}))
-    for record, done in (({"phase": "online", "env_step": 160, "grad_step": 160}, 260),
+                         ({"phase": "online", "env_step": 160, "grad_step": 260}, 260),
                          ({"phase": "retrain", "env_step": 100, "grad_step": 20}, 320),
                          ({"phase": "retrain", "env_step": 200, "grad_step": 50}, 400)):
+        (path / "metrics.jsonl").write_text(json.dumps(record) + '\n{"half')
+        state = reproduce.progress(run, tmp_path)
+        assert state == {"phase": record["phase"], "done": done / 400, "left": (400 - done) / 10}
+    for changes, record, done in (
+            (dict(sync=True), {"phase": "retrain", "env_step": 100, "grad_step": 20}, 220 / 400),
+            (dict(sync=True), {"phase": "online", "env_step": 160, "grad_step": 60}, 310 / 400),
+            (dict(exploit_only="x"), {"phase": "retrain", "env_step": 200, "grad_step": 25}, 75 / 100)):
+        (path / "config.json").write_text(json.dumps({"args": settings | changes}))
         (path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
-        assert reproduce.progress(run, tmp_path)["done"] == done / 400
+        assert reproduce.progress(run, tmp_path)["done"] == done
+
+
+def test_a_retraining_of_other_data_is_refused(tmp_path, capsys, monkeypatch):
+    source, run = expand("figure13", "--seeds", "1")
+    module = load("iql_ooo.py")
+    settings = module.parse_args(source.command[2:])
+    monkeypatch.setattr(module, "parse_args", lambda argv: settings)
+    for name, config in ((source.name, {"run_id": "a", "args": asdict(settings)}),
+                         (run.name, {"source_run_id": "a", "args": asdict(settings)})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        (tmp_path / name / "results.json").write_text("{}")
+    assert reproduce.finished(run, tmp_path) is True
+    (tmp_path / source.name / "config.json").write_text(json.dumps({"run_id": "b", "args": asdict(settings)}))
+    with pytest.raises(SystemExit):
+        reproduce.finished(run, tmp_path)
+    assert "of another run than" in capsys.readouterr().err
 
 
 # === real runs ===
@@ -320,19 +359,39 @@ def wait_for(condition, timeout=120):
 
 
 def test_a_run_that_cannot_work_is_not_repeated_and_says_why(tmp_path):
-    log = tmp_path / "log.txt"
+    log, stop = tmp_path / "log.txt", tmp_path / "stop"
     command = ["python", "pointmass_didactic.py", "--gamma", "2"]
-    reason = reproduce.execute(command, tmp_path, log, {}, 3)
-    assert reason == "exit status 2: error: --gamma 2.0 lies outside [0, 1]"
+    failed = reproduce.execute(command, tmp_path, log, stop, {}, 3)
+    assert failed.startswith("failed: exit status 2: ") and "gamma" in failed
     assert log.read_text().count("--- worker") == 1
-    assert reproduce.execute(command, tmp_path, log, {}, 3, "", reason) == "the run whose data it needs failed"
+    for sources, state in ((("finished", failed), "failed: the run whose data it needs failed"),
+                           (("stopped",), "stopped")):
+        assert reproduce.execute(command, tmp_path, log, stop, {}, 3, *sources) == state
+    stop.touch()
+    assert reproduce.execute(command, tmp_path, log, stop, {}, 3) == "stopped"
     assert log.read_text().count("--- worker") == 1
+
+
+@pytest.mark.parametrize(("body", "state", "attempts"), [
+    ("sys.exit(143)", "stopped", 1), ("sys.exit(138)", "stopped", 1), ("sys.exit(1)", "failed: exit status 1: ", 1),
+    ("os.kill(os.getpid(), signal.SIGKILL)", "failed: exit status -9: ", 3), ("pass", "finished", 1),
+    ("open('stop', 'w'); time.sleep(60)", "stopped", 1),  # asked before it could save: the default of SIGTERM
+    ("signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); open('stop', 'w'); time.sleep(60)", "stopped", 1),
+])
+def test_a_run_that_was_stopped_has_not_failed(body, state, attempts, tmp_path, monkeypatch):
+    (tmp_path / "script.py").write_text(f"import os, signal, sys, time\n{body}\n")
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    found = reproduce.execute(["python", "script.py"], tmp_path, tmp_path / "log.txt", tmp_path / "stop", {}, 2)
+    assert found.startswith(state) and (tmp_path / "log.txt").read_text().count("--- worker") == attempts
 
 
 def test_failures_are_reported_and_room_is_checked(started, tmp_path):
     argv = ("smoke", "--seeds", "1", "--algorithms", "pointmass_didactic")
     out, err = finish(started(tmp_path, *argv, "--", "--device", "cuda:99"), code=1)
-    assert "0 of 1 runs" in out and "failed: exit status 2: error: --device cuda:99" in err
+    assert "0 of 1 runs of smoke are finished, 1 failed" in out
+    assert "failed: exit status 2: error: --device cuda:99" in err
+    _, err = finish(started(tmp_path, *argv, "--address", "127.0.0.1:1"), code=1)
+    assert err.count("\n") == 1 and "Ray cannot start or connect" in err
     _, err = finish(started(tmp_path, *argv, "--cpus-per-run", "999"), code=2)
     assert err.startswith("error: a run needs 999 CPU") and err.count("\n") == 1
 
@@ -354,7 +413,7 @@ def test_a_local_run_finishes_and_is_not_repeated(undisturbed, started):
     times = {path: path.stat().st_mtime_ns for path in (undisturbed / "runs").rglob("*") if path.is_file()}
     same = ("smoke", "--seeds", "2", "--algorithms", "pointmass_didactic", "rlpd_no_up")
     out, _ = finish(started(undisturbed, *same))
-    assert "all 5 runs of smoke are finished" in out
+    assert "5 of 5 runs of smoke are finished; python report.py runs" in out
     assert times == {path: path.stat().st_mtime_ns for path in (undisturbed / "runs").rglob("*") if path.is_file()}
     # Finished with other settings: not skipped silently.
     _, err = finish(started(undisturbed, *same, "--", "--gamma", "0.5"), code=2)
@@ -383,10 +442,18 @@ def test_a_killed_script_and_an_interrupted_driver_continue(undisturbed, started
     child, = Path(f"/proc/{worker}/task/{worker}/children").read_text().split()
     os.kill(int(child), signal.SIGKILL)
     wait_for(lambda: "attempt 2" in log.read_text())
-    process.send_signal(signal.SIGINT)
-    _, err = finish(process, code=130)
-    assert "interrupted" in err and "Traceback" not in err
-    finish(started(tmp_path, *argv))
+    # A terminal sends Ctrl-C to all processes, kill SIGTERM to one: the run saves itself in both cases, and goes on.
+    for number, attempts in ((signal.SIGINT, 3), (signal.SIGTERM, None)):
+        wait_for(lambda: (run_dir / "timing.jsonl").exists())
+        os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+        _, err = finish(process, code=128 + number)
+        assert "interrupted; the same command continues" in err and "Traceback" not in err
+        assert not list(log.parent.glob("stop_*")) and not (run_dir / "results.json").exists()
+        process = started(tmp_path, *argv)
+        if attempts:
+            wait_for(lambda: log.read_text().count("--- worker") == attempts)  # noqa: B023
+    finish(process)
+    assert "nothing to continue" not in log.read_text().split("--- worker")[-1]
     assert reproducible(run_dir) == reproducible(undisturbed / "runs" / name)
 
 

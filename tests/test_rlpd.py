@@ -16,7 +16,19 @@ import pytest
 import torch
 from runner import Box
 from test_errors import refused
-from test_golden import GRADIENTS, INFOS, PARAMETERS, check_rnd_state, check_step, close, load, read, tensors
+from test_golden import (
+    GRADIENTS,
+    INFOS,
+    PARAMETERS,
+    check_rnd_state,
+    check_step,
+    close,
+    load,
+    read,
+    rnd_parameters,
+    stack_parameters,
+    tensors,
+)
 from test_smoke import metrics
 
 import rlpd_ooo as ooo
@@ -25,8 +37,8 @@ ANT, CHEETAH, PEN = "ant-sparse-v2", "halfcheetah-sparse-v2", "pen-binary-v0"
 CPU, TASKS = torch.device("cpu"), dict(ooo.TASKS)
 # Networks and budgets that take a second; 5 random steps at the start.
 SMALL = """--hidden-dims 16 16 --rnd-hidden-dims 16 16 --batch-size 8 --utd-ratio 3 --num-qs 4 --eval-episodes 1
---eval-every 10000 --log-every 10 --checkpoint-every 10 --online-steps 60 --learning-starts 5 --retrain-at 30 60
---retrain-steps 12""".split()
+--final-episodes 1 --eval-every 10000 --log-every 10 --checkpoint-every 10 --online-steps 60 --learning-starts 5
+--retrain-at 30 60 --retrain-steps 12""".split()
 
 
 # === golden vectors ===
@@ -45,22 +57,21 @@ def make_buffer(obs_dim=5, act_dim=2, offline=0, online=0):
 
 def parameters(agent, rnd=None):
     """{golden name: (parameter, orientation)}; the actor's two heads are halves of its last layer."""
-    out, (*hidden, last) = {}, agent.actor.net.layers
-    for i, layer in enumerate(hidden):
-        out[f"actor.{i}.weight"], out[f"actor.{i}.bias"] = (layer.weight, None), (layer.bias, None)
-    act_dim = len(last.bias) // 2
-    for name, half in (("mean", slice(None, act_dim)), ("log_std_head", slice(act_dim, None))):
-        out[f"actor.{name}.weight"], out[f"actor.{name}.bias"] = (last.weight, half), (last.bias, half)
+    net = agent.actor.net
+    hidden = len(net.weights) - 1
+    names = [f"actor.{i}" for i in range(hidden)] + ["last"]
+    out = stack_parameters(net, names, single=True)
+    del out["last.weight"], out["last.bias"]
+    for name, half in (("mean", 0), ("log_std_head", 1)):
+        out[f"actor.{name}.weight"] = net.weights[-1], lambda v, half=half: v[0].T.chunk(2)[half]
+        out[f"actor.{name}.bias"] = net.biases[-1], lambda v, half=half: v[0, 0].chunk(2)[half]
     for prefix, critic in (("critic", agent.critic), ("target_critic", agent.critic_target)):
-        for i, (weight, bias) in enumerate(zip(critic.weights, critic.biases, strict=True)):
-            out[f"{prefix}.{i}.weight"], out[f"{prefix}.{i}.bias"] = (weight, "ensemble"), (bias, "bias")
+        out |= stack_parameters(critic, [f"{prefix}.{i}" for i in range(len(critic.weights))])
         for i, (scale, shift) in enumerate(zip(critic.scales, critic.shifts, strict=True)):
-            out[f"{prefix}.ln{i}.weight"], out[f"{prefix}.ln{i}.bias"] = (scale, "bias"), (shift, "bias")
-    for prefix, network in [("rnd_predictor", rnd.predictor), ("rnd_target", rnd.target)] if rnd else ():
-        for i, layer in enumerate(network.layers):
-            out[f"{prefix}.{i}.weight"], out[f"{prefix}.{i}.bias"] = (layer.weight, None), (layer.bias, None)
+            out[f"{prefix}.ln{i}.weight"], out[f"{prefix}.ln{i}.bias"] = (
+                (scale, "ensemble bias"), (shift, "ensemble bias"))
     out["log_temp"] = (agent.log_alpha, None)
-    return out
+    return out | (rnd_parameters(rnd) if rnd else {})
 
 
 @pytest.mark.parametrize("name", ["rlpd_plain", "rlpd_rnd_qbounds"])
@@ -101,11 +112,11 @@ def test_update_equals_the_authors(name):
             check_rnd_state(rnd, {name[len(after):]: value for name, value in data.items() if name.startswith(after)})
 
 
-class CalqlHead(torch.nn.Linear):
-    """The last layer of Cal-QL's policy: log_std = multiplier * output + offset, both trained."""
+class CalqlNet(ooo.Stack):
+    """Cal-QL's policy: log_std = multiplier * output + offset, both trained."""
 
-    def __init__(self, fan_in, act_dim):
-        super().__init__(fan_in, 2 * act_dim)
+    def __init__(self, dims):
+        super().__init__(1, dims)
         self.multiplier, self.offset = (torch.nn.Parameter(torch.tensor(value)) for value in (1.0, -1.0))
 
     def forward(self, x):
@@ -130,18 +141,24 @@ def test_sac_losses_equal_the_authors():
     data, hyper = read("sac_no_cql")
     obs_dim, act_dim = hyper["obs_dim"], hyper["act_dim"]
     agent = ooo.Agent(obs_dim, act_dim, (32, 32), 0.0, CPU, num_qs=2, layer_norm=False)
-    head = agent.actor.net.layers[-1] = CalqlHead(32, act_dim)
+    net = agent.actor.net = CalqlNet((obs_dim, 32, 32, 2 * act_dim))
     agent.critic, agent.critic_target = (ooo.Critic(obs_dim, act_dim, (32, 32, 32), 2, False) for _ in range(2))
-    named = {"log_alpha": agent.log_alpha, "policy.log_std_multiplier": head.multiplier,
-             "policy.log_std_offset": head.offset}
-    for i, layer in enumerate(agent.actor.net.layers):
-        named[f"policy.{i}.weight"], named[f"policy.{i}.bias"] = layer.weight, layer.bias
+    named = {"log_alpha": agent.log_alpha, "policy.log_std_multiplier": net.multiplier,
+             "policy.log_std_offset": net.offset}
+    for i, (weight, bias) in enumerate(zip(net.weights, net.biases, strict=True)):
+        named[f"policy.{i}.weight"], named[f"policy.{i}.bias"] = weight, bias
+
+    def golden(name, value):
+        """A parameter of the policy, or its gradient, as the golden file has it."""
+        return value[0].T if name.endswith("weight") else value[0, 0] if name.endswith("bias") else value
+
     members = {f"{prefix}qf{k + 1}.{i}.{part}": (parameter, k)
                for prefix, critic in (("", agent.critic), ("target_", agent.critic_target))
                for part, group in (("weight", critic.weights), ("bias", critic.biases))
                for i, parameter in enumerate(group) for k in range(2)}
-    views = {**named, **{name: p.data[k].t() if name.endswith("weight") else p.data[k, 0]
-                         for name, (p, k) in members.items()}}
+    views = {**{name: golden(name, p.data) for name, p in named.items()},
+             **{name: p.data[k].t() if name.endswith("weight") else p.data[k, 0]
+                for name, (p, k) in members.items()}}
     for name, view in views.items():
         view.data.copy_(torch.from_numpy(data[f"step0/{name}"]))
     policy = [p for name, p in named.items() if name != "log_alpha"]
@@ -188,7 +205,8 @@ def test_sac_losses_equal_the_authors():
             if f"step{step + 1}/{name}" in data:
                 close(view, data[f"step{step + 1}/{name}"], PARAMETERS, f"step {step + 1} {name}")
         if step == 0:
-            found = dict(zip((n for n in named if n != "log_alpha"), of_policy, strict=False))
+            of_named = zip((name for name in named if name != "log_alpha"), of_policy, strict=False)
+            found = {name: golden(name, gradient) for name, gradient in of_named}
             found["log_alpha"] = of_policy[-1]
             by_id = {id(p): g for p, g in zip(agent.critic.parameters(), of_critics, strict=True)}
             for name, (p, k) in members.items():
@@ -279,6 +297,17 @@ def test_entropy_and_bonus_come_after_the_bounds(monkeypatch, backup_entropy):
     losses = ooo.sac_update(agent, batch, bonus, utd_ratio=2, gamma=0.9, tau=0.0, target_entropy=-1.0,
                             backup_entropy=backup_entropy, q_min=0.25, q_max=0.25, noise=noise)
     torch.testing.assert_close(losses["losses/critic"], (q - 0.25 - extra[3:]).square().mean())
+    torch.testing.assert_close(agent.largest_entropy_reward, (extra - bonus).abs().max()[None])
+
+
+def test_value_ceiling_has_room_for_bonus_and_entropy():
+    """Largest |reward| 3, bonus 10 x 0.5, entropy 2: at most 10 in each step."""
+    args, agent = ooo.Args(gamma=0.9, reward_bias=-1.0), make_agent()
+    agent.largest_entropy_reward.fill_(2.0)
+    rnd = SimpleNamespace(largest_reward=torch.tensor([0.5]))
+    rewards = torch.tensor([-2.0, 1.0])
+    assert ooo.value_ceiling(args, rewards, agent, rnd) == pytest.approx(100)
+    assert ooo.value_ceiling(args, rewards, agent) == pytest.approx(50)
 
 
 OPTIONS = dict(gamma=0.99, tau=0.005, target_entropy=-1.0)
@@ -345,12 +374,13 @@ def test_rnd_pays_before_its_step_and_the_normaliser_has_two_forms():
             with torch.no_grad():
                 z = rnd.normalize(following)
                 raw.append((rnd.predictor(z) - rnd.target(z)).square().amax(-1))
-            divisor = rnd.reward_var.item() ** 0.5 if form == "code" else torch.cat(raw).std(correction=0).item()
+            var = rnd.reward_statistics.var
+            divisor = var.item() ** 0.5 if form == "code" else torch.cat(raw).std(correction=0).item()
             rewards, _ = rnd.update(observations, following, 0.25)
             torch.testing.assert_close(rewards, raw[-1] / divisor, rtol=1e-4, atol=1e-6)
             paid.append(rewards)
             want = torch.cat(paid if form == "code" else raw).std(correction=0).item()
-            assert rnd.reward_var.item() ** 0.5 == pytest.approx(want, rel=1e-3)
+            assert var.item() ** 0.5 == pytest.approx(want, rel=1e-3)
 
 
 # === sparse environments ===
@@ -472,7 +502,8 @@ def test_all_phases(env_id, tiny, session, capsys):
     assert json.loads((run / "results.json").read_text())["rows"] == rows
     for record in metrics(run):
         assert all(isinstance(value, str) or math.isfinite(value) for value in record.values()), record
-    losses = {f"losses/{name}" for name in ("critic", "actor", "alpha", "q_mean", "entropy", "alpha_value")}
+    losses = {f"losses/{name}" for name in ("critic", "actor", "alpha", "q_mean", "q_magnitude", "entropy",
+                                            "alpha_value")}
     bonus = {"losses/rnd", "rnd/batch_intrinsic_reward", "rnd/online_mean", "rnd/online_scaled_mean", "rnd/online_std"}
     for phase, names in (("online", losses | bonus), ("retrain", losses)):
         logged = [r for r in metrics(run, phase) if "losses/critic" in r]
@@ -501,6 +532,16 @@ def test_all_phases(env_id, tiny, session, capsys):
         assert summary["eval/episodes"] == 2
 
 
+def test_offline_data_alone(tiny, session):
+    """t = 0: the retraining on D_off; RLPD does not pretrain, so no exploration policy stands beside it."""
+    tiny(PEN)
+    (row,) = session("--env-id", PEN, *SMALL, "--online-steps", 0, "--retrain-at", 0, "--final-episodes", 3)
+    assert row["env_step"] == 0 and len(row["exploitation"]["per_episode"]) == 3
+    words = [*SMALL, "--retrain-at", 0, 30, 60, "--final-episodes", 3, "--exp-name", "all"]
+    first, _, _ = session("--env-id", PEN, *words)
+    assert first == {"env_step": 0, "exploration": None, "exploitation": row["exploitation"]}
+
+
 def test_plain_rlpd_and_what_the_retraining_samples(session, monkeypatch, capsys):
     """Without RND; with successes (the goal lies at the start): 32 of 288 rows are high; no bounds."""
     drawn, made, sample, make = [], [], ooo.ReplayBuffer.sample, ooo.sac_update
@@ -525,7 +566,7 @@ def test_plain_rlpd_and_what_the_retraining_samples(session, monkeypatch, capsys
         assert bonus == 0 and (options["q_min"], options["q_max"]) == (-math.inf, math.inf)
         assert options["target_entropy"] == -3
     run = session.folder / f"{CHEETAH}__rlpd_ooo__1"
-    assert not list(run.glob("rnd_*")) and not any("losses/rnd" in r for r in metrics(run))
+    assert not any("losses/rnd" in r for r in metrics(run))
     drawn.clear(), made.clear()
     session("--exploit-only", run, "--exp-name", "other", "--retrain-upsample", 0, "--retrain-q-bounds",
             "--retrain-critics", 3, "--retrain-layer-norm")
@@ -553,11 +594,24 @@ def rlpd_box(tmp_path):
 
 
 def outcome(run):
-    """What two runs must have in common: all files but those that hold times, and the last checkpoint's networks."""
-    found = {path.name: path.read_bytes() for path in run.iterdir()
-             if path.name not in ("timing.jsonl", "config.json", ".lock", "checkpoint.pt")}
-    saved = torch.load(run / "checkpoint.pt", weights_only=True)
-    return found | {"progress": saved["progress"], "models": str(saved["models"])}
+    """What two runs must have in common: all but times and what names the run."""
+    found = {name: (run / name).read_bytes() for name in ("metrics.jsonl", "evals.jsonl", "replay.bin")}
+    found["results.json"] = json.loads((run / "results.json").read_text())
+    found |= {path.name: plain(torch.load(path, weights_only=True)) for path in run.glob("*.pt")}
+    for name in ("run_id", "exp_name", "args", "sizes"):
+        for content in found.values():
+            if isinstance(content, dict):
+                content.pop(name, None)
+    return found
+
+
+def plain(content):
+    """With bytes in place of tensors."""
+    if isinstance(content, torch.Tensor):
+        return content.numpy().tobytes()
+    if isinstance(content, dict):
+        return {name: plain(value) for name, value in content.items()}
+    return [plain(value) for value in content] if isinstance(content, list | tuple) else content
 
 
 RUN = ["--env-id", PEN, *SMALL, *"""--utd-ratio 2 --online-steps 110 --retrain-at 70 110 --log-every 7
@@ -566,13 +620,13 @@ CHECKPOINT = ("os.rename", "/checkpoint.pt")
 
 
 def test_killed_and_resumed(tiny, rlpd_box):
-    """SIGKILL before the first checkpoint, between data and checkpoint, inside a retraining, and after a policy."""
+    """SIGKILL before an episode is saved, between data and checkpoint, inside a retraining, and after a policy."""
     tiny(PEN)
     assert rlpd_box.run(*RUN).code == 0
     runs = rlpd_box.work / "runs"
     whole = outcome(runs / f"{PEN}__rlpd_ooo__1")
     assert {"exploitation_70.pt", "exploitation_110.pt", "metrics.jsonl"} <= whole.keys()
-    moments = [(*CHECKPOINT, 1), (*CHECKPOINT, 2), (*CHECKPOINT, 4), ("os.rename", "/exploitation_110.pt", 1)]
+    moments = [(*CHECKPOINT, 2), (*CHECKPOINT, 2), (*CHECKPOINT, 4), ("os.rename", "/exploitation_110.pt", 1)]
     for moment in moments:
         child = rlpd_box.run(*RUN, "--exp-name", "killed", "--resume", signal_at=(signal.SIGKILL, *moment))
         assert child.code == -signal.SIGKILL
@@ -608,7 +662,8 @@ def test_sparse_task_killed_and_resumed(rlpd_box):
         (["--env-id", CHEETAH, "--init-alpha", "0"], "--init-alpha"),
         (["--env-id", CHEETAH, "--retrain-at", "2000000"], "--retrain-at"),
         (["--env-id", CHEETAH, "--cudagraphs", "--device", "cpu"], "--cudagraphs"),
-        (["--env-id", CHEETAH, "--online-steps", str(10**10)], "GiB"),
+        (["--env-id", CHEETAH, "--retrain-at", "0"], "without offline data"),
+        (["--eval-only", "nowhere", "--goal-x", "x"], "--goal-x"),
         (["--eval-only", "nowhere"], "nowhere"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value[-2:]),

@@ -20,16 +20,23 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Which scripts hold which block. A new script adds its name here, in every block that it holds.
 DATA = {"iql_ooo.py", "td3_rnd.py", "pex.py", "rlpd_ooo.py", "calql_ooo.py"}
+ALL = DATA | {"pointmass_didactic.py"}
 BLOCKS = {
+    "ranges": ALL,
+    "adam": ALL,
     "networks": {"iql_ooo.py", "td3_rnd.py", "pex.py"},
     "iql agent": {"iql_ooo.py", "pex.py"},
+    "running statistics": DATA - {"pex.py"},
     "rnd": {"iql_ooo.py", "td3_rnd.py"},
     "rnd of cal-ql and rlpd": {"calql_ooo.py", "rlpd_ooo.py"},
     "iql update": {"iql_ooo.py", "pex.py"},
     "simplified td3": {"iql_ooo.py", "td3_rnd.py"},
+    "evaluation": DATA,
+    "replay buffer": DATA,
+    "environments": DATA,
+    "offline data": DATA,
+    "run directory": ALL,
     "exploit only": {"iql_ooo.py", "rlpd_ooo.py", "calql_ooo.py"},
-    "tasks and data": DATA,
-    "run directory": DATA | {"pointmass_didactic.py"},
 }
 
 FENCE = re.compile(r"# === (end )?shared block: (\S.*\S|\S) ===\n")

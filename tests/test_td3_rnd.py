@@ -14,6 +14,8 @@ from baseline import (
     Session,
     check_compiled,
     check_determinism_and_resume,
+    check_divergence_is_said,
+    check_own_task,
     check_refused,
     check_scores,
     losses_of,
@@ -103,6 +105,8 @@ def test_fujimoto_update(bonus):
     q = q_values(before.critic, batch["observations"], batch["actions"])
     close(losses["losses/critic"], np.mean((q - target) ** 2))
     close(losses["losses/q_mean"], q.mean())
+    assert (q < 0).any() and (q > 0).any()
+    close(losses["losses/q_magnitude"], np.abs(q).mean())
 
     # The policy climbs the first critic, as it is after its own step.
     actions = np.tanh(forward(*linears(before.actor), b["observations"]))
@@ -110,7 +114,7 @@ def test_fujimoto_update(bonus):
     close(losses["losses/actor"], -first.mean())
 
     critic_loss = (before.critic(batch["observations"], batch["actions"]) - torch.from_numpy(target).float()) ** 2
-    actor_loss = -agent.critic(batch["observations"], before.actor(batch["observations"]).tanh())[0].mean()
+    actor_loss = -agent.critic(batch["observations"], before.actor(batch["observations"])[0].tanh())[0].mean()
     for network, old, loss, optimizer in [(agent.critic, before.critic, critic_loss.mean(), agent.critic_optimizer),
                                           (agent.actor, before.actor, actor_loss, agent.actor_optimizer)]:
         wanted = torch.autograd.grad(loss, list(old.parameters()))
@@ -151,6 +155,28 @@ def test_policy_delay_counts_gradient_steps(tiny, session, delay):
     assert asked == [(step % delay == 0) for step in range(1, 13)]
 
 
+@pytest.mark.parametrize("agent", [td3_rnd.Agent, td3_rnd.FujimotoAgent])
+def test_actions_of_many_observations(agent):
+    """As those of each one."""
+    agent, obs = agent(OBS, ACT, HIDDEN, 0.0, CPU), np.random.default_rng(0).normal(size=(2, 3, OBS)).astype(np.float32)
+    close(agent.act(obs), np.array([[agent.act(one) for one in some] for some in obs]))
+
+
+def test_ceiling_of_values():
+    """The largest |reward| of all data, shifted and scaled, and the largest bonus, over 1 - gamma."""
+    rewards = [-7.0, 2.0, 5.0]
+    data = dict(observations=np.zeros((3, OBS)), actions=np.zeros((3, ACT)), rewards=np.array(rewards),
+                next_observations=np.zeros((3, OBS)), terminations=np.zeros(3), episodes=np.zeros(3))
+    buffer = td3_rnd.ReplayBuffer(data, 1, CPU)
+    args = td3_rnd.Args(reward_bias=-1.0, reward_scale=2.0, gamma=0.9, intrinsic_reward_scale=3.0)
+    assert td3_rnd.value_ceiling(args, buffer, None) == pytest.approx(160)
+    rnd = td3_rnd.RND(OBS, HIDDEN, 1e-4, CPU)
+    rnd.largest_reward.fill_(0.5)
+    assert td3_rnd.value_ceiling(args, buffer, rnd) == pytest.approx(175)
+    buffer.add(observations=0, actions=0, rewards=11.0, next_observations=0, terminations=0, episodes=1)
+    assert td3_rnd.value_ceiling(args, buffer, rnd) == pytest.approx(215)
+
+
 # === runs ===
 
 
@@ -162,7 +188,7 @@ def test_every_task(env_id, variant, tiny, session):
     run = run_directory(td3_rnd, env_id)
     assert type(session.agents[0]) is {"official": td3_rnd.Agent, "fujimoto": td3_rnd.FujimotoAgent}[variant]
     check_scores(td3_rnd, run, rows, [10, 20], session.agents[0])
-    names = {"critic", "actor", "q_mean", "rnd"}
+    names = {"critic", "actor", "q_mean", "q_magnitude", "rnd"}
     for record in losses_of(run, "online"):
         assert {f"losses/{name}" for name in names} | {"rnd/online_mean"} <= record.keys()
         assert all(math.isfinite(value) for value in record.values() if not isinstance(value, str))
@@ -205,6 +231,18 @@ def test_evaluations_leave_no_trace_in_the_training(tiny, session):
 
 
 @pytest.mark.parametrize("variant", ["official", "fujimoto"])
+def test_divergence_is_said(tiny, session, capsys, variant):
+    tiny(PEN)
+    words = ["--env-id", PEN, *SMALL, "--variant", variant, "--online-steps", 40, "--save-at"]
+    check_divergence_is_said(session, words, capsys)
+
+
+@pytest.mark.parametrize("gym_id", ["Pendulum-v1", "InvertedPendulum-v5"])
+def test_own_task(in_tmp, monkeypatch, gym_id):
+    check_own_task("td3_rnd", in_tmp, monkeypatch, SMALL, gym_id)
+
+
+@pytest.mark.parametrize("variant", ["official", "fujimoto"])
 def test_same_bytes_and_resume_after_sigkill(tiny, tmp_path, variant):
     tiny(PEN)
     words = ["--env-id", PEN, *SMALL, "--variant", variant, "--online-steps", 205, "--save-at", 170, "--log-every", 7]
@@ -234,7 +272,7 @@ def test_task_rows():
             "kitchen-mixed-v0": (10.0, -4.0, 4.0, 0.1, -5.0, 4_000_000),
             "antmaze-goal-missing-large-v2": (10.0, -1.0, None, 0.0, -5.0, 1_500_000),
             "maze2d-missing-data-large-v1": (10.0, -1.0, None, 0.0, -5.0, 500_000),
-            "hammer-truncated-expert-v1": (0.5, 0.0, None, 0.0, -2.0, 500_000)}
+            "hammer-truncated-expert-v1": (0.5, 0.0, None, 0.1, -5.0, 500_000)}  # its official TD3 config
     for env_id, row in want.items():
         args = td3_rnd.parse_args(["--env-id", env_id])
         assert args.variant == "official"

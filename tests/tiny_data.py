@@ -45,11 +45,11 @@ def stack(observations):
 
 
 def buffer(episode):
-    """An episode as Minari wants it; cut by a time limit, as all of these datasets are."""
-    ends = np.zeros(len(episode["rewards"]), bool)
-    ends[-1] = True
+    """An episode as Minari wants it; cut by a time limit, unless it says that it has terminated."""
+    ends = np.arange(1, len(episode["rewards"]) + 1) == len(episode["rewards"])
+    terminated = ends & episode.get("terminated", False)
     return EpisodeBuffer(observations=episode["observations"], actions=episode["actions"], rewards=episode["rewards"],
-                         terminations=np.zeros_like(ends), truncations=ends)
+                         terminations=terminated, truncations=ends & ~terminated)
 
 
 # === states placed by hand ===

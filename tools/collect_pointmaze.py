@@ -228,11 +228,24 @@ def store(args, env, episodes):
         if namespace and namespace not in list_local_namespaces():
             create_namespace(namespace)
         if final.exists():
-            final.rename(hidden / "replaced")
+            final.rename(set_aside(final))
         built.rename(final)
     finally:
+        restore(final)
         shutil.rmtree(hidden, ignore_errors=True)
     return final
+
+
+def set_aside(final):
+    """Where the dataset that --overwrite replaces lies until the new one is in its place."""
+    return final.with_name(f".{final.name}.replaced")
+
+
+def restore(final):
+    """Back to one dataset: the new one, or the old one if the new one has not got there."""
+    if not final.exists() and set_aside(final).exists():
+        set_aside(final).rename(final)
+    shutil.rmtree(set_aside(final), ignore_errors=True)
 
 
 def refusal(args):
@@ -274,6 +287,8 @@ def main(args):
     args.dataset_id = args.dataset_id or f"ooo/pointmaze/{args.maze.lower()}-v0"
     if root := os.environ.get("MINARI_DATASETS_PATH"):
         os.environ["MINARI_DATASETS_PATH"] = os.path.expanduser(root)
+    with contextlib.suppress(ValueError, TypeError, OSError):  # what is wrong with the id or the store is said below
+        restore(get_dataset_path(args.dataset_id))  # after a kill that could not be caught
     if reason := refusal(args):
         print(f"collect_pointmaze: {reason}", file=sys.stderr)
         return 2

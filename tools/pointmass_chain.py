@@ -54,18 +54,15 @@ def main(argv=None):
 
     import pointmass_didactic as pm
 
-    folder = Path(args.run_dir).expanduser()
-    config, saved = pm.read_config(folder), pm.load_torch(folder / "checkpoint.pt", torch.device("cpu"))
-    try:
-        settings = pm.Args(**config["args"])
-        members = pm.members(settings)
-        rows = pm.read_verified(folder / "replay.bin", saved["sizes"]["replay.bin"], saved["sums"]["replay.bin"])
-        rows = np.frombuffer(rows, np.float32).reshape(-1, len(members), 7)
-        data = [np.concatenate([pm.scripted_data(settings, seed).numpy(), rows[:, member]])
-                for member, (seed, _) in enumerate(members)]
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        fail(f"{folder} is not a readable run of the point mass ({type(error).__name__}: {error}); give another")
-    for (seed, coef), rows in zip(members, data, strict=True):
+    folder, device = Path(args.run_dir), torch.device("cpu")
+    config = pm.read_config(folder)
+    if config["source_run_id"]:
+        fail(f"{folder} has no online data of its own; give the run that it was retrained on")
+    settings, saved = pm.Args(**config["args"]), pm.read_checkpoint(folder, config, device)
+    buffer = pm.ReplayBuffer(pm.load_dataset(settings)[0], saved["progress"]["env_step"], device)
+    buffer.load(folder / "replay.bin", saved["sizes"]["replay.bin"], saved["replay_sum"], saved["progress"]["env_step"])
+    data = [buffer.data[buffer.begin[i] :, i].numpy() for i in range(len(buffer.members))]
+    for (seed, coef), rows in zip(pm.members(settings), data, strict=True):
         print(f"seed {seed}, coefficient {coef:g}: {shortest_chain(rows, pm.START, args.cell) or 'no'} steps")
 
 
