@@ -18,8 +18,8 @@ def source_run(tmp_path, *words, **changes):
     """A run directory with nothing but its config."""
     folder = tmp_path / "source"
     folder.mkdir(exist_ok=True)
-    config = {"script": "iql_ooo", "run_id": "0" * 16, "source_run_id": None, "args": asdict(parse(*words)) | changes, "versions": {},
-              "dataset": {"sha256": "0" * 64}, "resumed": []}
+    config = {"script": "iql_ooo", "run_id": "0" * 16, "source_run_id": None,
+              "args": asdict(parse(*words)) | changes, "versions": {}, "dataset": {"sha256": "0" * 64}, "resumed": []}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 

@@ -140,7 +140,7 @@ def test_the_installed_package_has_the_sign_and_the_version_that_are_corrected(m
         subtracted, distance = d4rl_hammer_reward(env.unwrapped)
         weight = (inner.reward - subtracted) / distance - 0.1
         assert distance > 0.01 and weight == pytest.approx(0.1, abs=1e-4), (
-            f"the package's dense hammer reward has {weight:+.1f} |palm - hammer|: take the correction out of task_reward")
+            f"the dense hammer reward has {weight:+.1f} |palm - hammer|: take the correction out of task_reward")
 
 
 def succeed(env_id, env):

@@ -60,7 +60,8 @@ def test_a_panel_says_what_happened():
         _, ax = film.plt.subplots()
     views = [np.array([k / 100, 0.0]) for k in range(301)]
     panel = film.Panel(ax, env, 0.5, "Explorer", film.EXPLORE, (views, 70, 300, env.goal))
-    for step, text, drawn in ((30, "step 30", 30), (70, "goal reached at step 70", 70), (250, "goal reached at step 70", 70)):
+    reached = "goal reached at step 70"
+    for step, text, drawn in ((30, "step 30", 30), (70, reached, 70), (250, reached, 70)):
         panel.show(step, 1)
         assert panel.text.get_text() == text and len(panel.line.get_xdata()) == drawn + 1
     film.plt.close("all")
@@ -103,7 +104,8 @@ def test_a_film_is_cut_to_its_limit(monkeypatch):
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    (["nowhere"], "nowhere"), (["empty"], "empty"), (["new"], "exploitation_*.pt"), (["run", "--episodes", "0"], "--episodes 0"),
+    (["nowhere"], "nowhere"), (["empty"], "empty"), (["new"], "exploitation_*.pt"),
+    (["run", "--episodes", "0"], "--episodes 0"),
     (["run", "--out", "x.mp4"], "x.mp4"), (["point"], "pointmass_didactic"),
 ])
 def test_bad_input_is_one_line(words, said, in_tmp, capsys):
