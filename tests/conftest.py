@@ -22,7 +22,7 @@ OUTDATED = set((ROOT / "tests" / "outdated.txt").read_text().split("\n"))
 def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.nodeid in OUTDATED:
-            item.add_marker(pytest.mark.skip(reason="not adapted to the rebuilt run directory, or not seen to pass since: tests/outdated.txt"))
+            item.add_marker(pytest.mark.skip(reason="not adapted, or not seen to pass: tests/outdated.txt"))
     if not config.getoption("--runslow"):
         for item in items:
             if "slow" in item.keywords:
