@@ -515,11 +515,12 @@ def pex_update(agent, batch, *, expectile, temperature, gamma, tau, q_min=-np.in
         q_target = agent.critic_target(observations, actions).clamp(q_min, q_max).amin(0)
         next_v = agent.value(batch["next_observations"])  # before V's step: choice 2
         target = (batch["rewards"] + gamma * batch["masks"] * next_v).clamp(q_min, q_max)
-    # --- V: expectile regression; Q: mean over the ensemble and the batch ---
+    # --- V: expectile regression ---
     value_loss = expectile_loss(q_target - agent.value(observations), expectile)
+    agent.value_optimizer.minimize(value_loss)
+    # --- Q: mean over the ensemble and the batch ---
     q = agent.critic(observations, actions)
     critic_loss = (q - target).square().mean()
-    agent.value_optimizer.minimize(value_loss)
     agent.critic_optimizer.minimize(critic_loss)
     agent.update_target(tau)
     # --- Policy: advantage-weighted regression on composed actions, not on those of the batch ---

@@ -225,8 +225,8 @@ def check_refused(script, words, named, capsys, folder):
 
 
 def check_compiled(script, args, build):
-    """Four eager and four compiled updates end in equal parameters. build(args, buffer) -> (the four functions, {name:
-    module})."""
+    """300 eager and 300 compiled updates, each in one graph, end in parameters that differ by rounding only: by 1e-3 of
+    the largest of their tensor. build(args, buffer) -> (update functions, taken in turn, {name: module})."""
     states = []
     for args.compile in ("off", "on"):
         torch.manual_seed(0)
@@ -234,11 +234,13 @@ def check_compiled(script, args, build):
         data = dict(observations=draw[:, :4], actions=draw[:, 4:6], rewards=draw[:, 6], next_observations=draw[:, 7:11],
                     terminations=np.zeros(200, np.float32), episodes=np.zeros(200, np.float32))
         buffer = script.ReplayBuffer(data, 0, torch.device("cpu"))
+        torch._dynamo.utils.counters.clear()
         updates, modules = build(args, buffer)
-        for number, update in enumerate(updates):
+        for number in range(300):
             torch.manual_seed(number)
-            update(buffer.data[number * 32 : number * 32 + 32])
+            updates[number % len(updates)](buffer.sample(32))
         states.append({f"{name}.{key}": value for name, module in modules.items()
                        for key, value in module.state_dict().items()})
+    assert not torch._dynamo.utils.counters["graph_break"]
     for name, value in states[0].items():
-        torch.testing.assert_close(states[1][name], value, rtol=1e-4, atol=3e-5, msg=name)
+        torch.testing.assert_close(states[1][name], value, rtol=0, atol=1e-3 * value.abs().max().item(), msg=name)

@@ -72,7 +72,8 @@ def runs(tiny, tmp_path_factory):
     """{script: directory of a small finished run of it}."""
     from runner import Box
 
-    sizes = "--hidden-dims 16 16 --batch-size 16 --eval-episodes 2 --eval-every 50 --log-every 25 --checkpoint-every 50"
+    sizes = ("--hidden-dims 16 16 --batch-size 16 --eval-episodes 2 --final-episodes 2 --eval-every 50 --log-every 25 "
+             "--checkpoint-every 50")
     ooo = f"{sizes} --rnd-hidden-dims 16 16 --online-steps 200 --retrain-at 100 200 --retrain-steps 60"
     words = {
         "iql_ooo": f"--env-id maze2d-missing-data-large-v1 {ooo} --offline-steps 60",

@@ -17,6 +17,7 @@ import pytest
 import torch
 from runner import SMALL, Box
 from test_golden import INFOS, check_rnd_state, check_step, close, load, read, rnd_parameters, stack_parameters, tensors
+from test_resume import digest
 
 import calql_ooo as ooo
 
@@ -896,9 +897,15 @@ def calql_box(tmp_path_factory):
 
 
 def outcome(box, name):
-    from test_resume import outcome
-
-    return outcome(box.work / directory(PEN, name))
+    """What two runs must have in common: everything but their names and ids."""
+    run = box.work / directory(PEN, name)
+    found = {name: (run / name).read_bytes() for name in ("metrics.jsonl", "evals.jsonl", "replay.bin")}
+    results = json.loads((run / "results.json").read_text())
+    found["results.json"] = {key: value for key, value in results.items() if key not in ("run_id", "exp_name")}
+    for path in run.glob("*.pt"):
+        content = torch.load(path, weights_only=True)
+        found[path.name] = digest({key: content[key] for key in ("agent", "progress", "models") if key in content})
+    return found
 
 
 @pytest.fixture(scope="module")

@@ -50,7 +50,7 @@ def run(tmp_path):
 def record(path, phase, env_step, grad_step, name="metrics.jsonl", wandb=None, **values):
     """A record by the scripts' own Run.log."""
     with open(path / name, "ab") as file:
-        self = types.SimpleNamespace(wandb=wandb, append=lambda name, data: file.write(data))
+        self = types.SimpleNamespace(wandb=wandb, write=lambda name, data: file.write(data))
         iql_ooo.Run.log(self, name, phase, env_step, grad_step, **values)
 
 
@@ -160,7 +160,8 @@ def test_the_next_export_replaces_this_one(run, tmp_path):
 def test_wandb_gets_what_track_sends(run, wandb):
     started, sent = wandb
     (run / "metrics.jsonl").unlink()
-    tracked = types.SimpleNamespace(path=run, config=json.loads((run / "config.json").read_text()) | {"resumed": []},
+    tracked = types.SimpleNamespace(path=run, id=json.loads((run / "config.json").read_text())["run_id"],
+                                    config=json.loads((run / "config.json").read_text()) | {"resumed": []},
                                     args=types.SimpleNamespace(wandb_mode="offline", wandb_project=None))
     iql_ooo.Run.start_wandb(tracked)
     record(run, "pretrain", 0, 10, wandb=tracked.wandb, **{"losses/critic": 0.5})

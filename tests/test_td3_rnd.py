@@ -289,9 +289,9 @@ def test_task_rows():
 def test_compiled_update_equals_eager(variant, normalizer):
     """All graphs (two of the delayed update), with RND's, over the same rows and random numbers, with dropout."""
     def build(args, buffer):
-        agent = (td3_rnd.Agent if variant == "official" else td3_rnd.FujimotoAgent)(4, 2, (16, 16), 1e-2, CPU)
+        agent = (td3_rnd.Agent if variant == "official" else td3_rnd.FujimotoAgent)(4, 2, (16, 16), 3e-4, CPU)
         rnd = td3_rnd.RND(4, (24, 16), 1e-4, CPU, "max", normalizer)
         both, critics = (td3_rnd.make_update(args, buffer, agent, rnd, policy) for policy in (True, False))
-        return [critics, both, critics, both], {"agent": agent, "rnd": rnd}
+        return [critics, both], {"agent": agent, "rnd": rnd}
 
     check_compiled(td3_rnd, td3_rnd.Args(variant=variant, dropout=0.2), build)

@@ -145,11 +145,11 @@ def to_wandb(run_dirs: RunDirs, wandb_project: str | None = None,
     """A run of wandb for each run; its local files lie in RUN_DIR/wandb.
 
     Args:
-        wandb_project: unset: $WANDB_PROJECT, or ooo
+        wandb_project: unset: wandb's own settings
         wandb_mode: unset: $WANDB_MODE, or online
     """
     runs, wandb = open_runs(run_dirs), need("wandb", "requirements.txt")
-    project, mode = wandb_project or os.environ.get("WANDB_PROJECT", "ooo"), wandb_mode or os.environ.get("WANDB_MODE")
+    project, mode = wandb_project, wandb_mode or os.environ.get("WANDB_MODE")
     if mode == "disabled":
         fail("WANDB_MODE is disabled, so that nothing would be exported; give --wandb-mode")
     if old := [run.path for run in runs if "run_id" not in run.config]:
