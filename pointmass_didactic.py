@@ -1070,8 +1070,8 @@ class Run:
         known = (self.path / "config.json").exists()
         if known and not args.resume:
             fail(f"{self.path} exists; continue it with --resume, or choose another --seed or --exp-name")
-        if not known and self.path.exists() and any(p.name[0] != "." for p in self.path.iterdir()):
-            fail(f"{self.path} has files but no config.json; restore it, or choose another --seed or --exp-name")
+        if not known and any(p.stat().st_size for name in self.FILES for p in self.path.glob(name)):
+            fail(f"{self.path} has records but no config.json; restore it, or choose another --seed or --exp-name")
         if known:
             self.read_settings()
         if not self.finished:
@@ -1114,7 +1114,12 @@ class Run:
         if self.data_sha256 not in (None, dataset["sha256"]):
             fail(f"the offline data {dataset['source']} is not what the run was started with (sha256 differs)")
         start = provenance(self.device) | {"compile": self.args.compile}
-        if self.config:
+        new = self.config is None
+        if not new:
+            last = (self.config["resumed"] or [self.config])[-1]
+            for name in ("script_sha256", "versions", "hardware"):
+                if start[name] != last[name]:
+                    print(f"resumed with other {name}: {start[name]}, before: {last[name]}")
             self.config["resumed"].append(start)
         else:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -1127,12 +1132,12 @@ class Run:
                            "resumed": []}
         if self.args.track:
             self.start_wandb()
-        write_json(self.path / "config.json", self.config)
         self.files = {name: open(self.path / name, "ab", buffering=0) for name in self.FILES}
         for name, file in self.files.items():
             file.truncate(self.sizes[name])
-        if not (self.path / "checkpoint.pt").exists():
-            self.checkpoint()  # from now on a run without one has lost it
+        if new:
+            self.checkpoint()  # a run that has a config.json and no checkpoint.pt has lost it
+        write_json(self.path / "config.json", self.config)
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
             with suppress(AttributeError, ValueError):  # not on Windows; not in a thread
                 number = getattr(signal, name)

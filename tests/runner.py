@@ -127,11 +127,6 @@ def run_as_main(folder, script, args, paths, env, file_limit, signal_at, limit_o
         sys.addaudithook(Signaller(*signal_at))
     if limit_of is not None:
         builtins.open = io.open = functools.partial(limited_open, builtins.open, *limit_of)
-    if "TIMES" in os.environ:
-        import resource as r
-        u0=r.getrusage(r.RUSAGE_SELF).ru_utime
-        import multiprocessing.util as mu
-        mu.Finalize(None, lambda: print("CPU", r.getrusage(r.RUSAGE_SELF).ru_utime-u0, file=sys.stderr), exitpriority=1)
     runpy.run_path(script, run_name="__main__")
 
 
