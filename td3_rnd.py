@@ -1053,7 +1053,7 @@ def open_minari(dataset_id):
     import minari
     from huggingface_hub import constants
 
-    if store := os.environ.get("MINARI_DATASETS_PATH"):
+    if store := os.environ.pop("MINARI_DATASETS_PATH", ""):  # empty: as if it were not there
         os.environ["MINARI_DATASETS_PATH"] = os.path.expanduser(store)
     try:
         return minari.load_dataset(dataset_id)
@@ -1454,6 +1454,7 @@ class Run:
     begin() nothing is written. On --resume all that came after the last checkpoint is cut off and made again."""
 
     FILES = ("metrics.jsonl", "evals.jsonl", "timing.jsonl", "replay.bin")
+    signal = None  # the one that has come
 
     def __init__(self, args, **progress):
         """progress: the counters and scores of a new run."""
@@ -1465,7 +1466,7 @@ class Run:
         self.models = {}
         self.sizes, self.replay_sum = dict.fromkeys(self.FILES, 0), 0
         self.data_seed, self.data_sha256 = args.seed, None  # of the offline data; --exploit-only: the source's
-        self.wandb = self.signal = None
+        self.wandb = None
         self.finished = False
         self.updates, self.clock = 0, time.perf_counter()
         known = (self.path / "config.json").exists()
@@ -1543,14 +1544,15 @@ class Run:
             with suppress(AttributeError, ValueError):  # not on Windows; not in a thread
                 number = getattr(signal, name)
                 if signal.getsignal(number) != signal.SIG_IGN:
-                    signal.signal(number, self.on_signal)
+                    signal.signal(number, Run.on_signal)
         if self.args.resume:
             place = {name: value for name, value in self.progress.items() if name not in ("scores", "diverged")}
             print(f"continued at {place}" if any(place.values()) else "nothing to continue, starting anew")
 
-    def on_signal(self, number, frame):
+    @staticmethod
+    def on_signal(number, frame):
         """The next checkpoint is the last one; a second signal of the kind ends at once."""
-        self.signal = number
+        Run.signal = number
         signal.signal(number, signal.SIG_DFL)
 
     def start_wandb(self):
