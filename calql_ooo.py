@@ -1102,7 +1102,7 @@ def record_video(args, agent, seed, path):
 
     frames = []
     env = make_env(args.env_id, "rgb_array")
-    evaluate(env, agent, 3, seed, frames)
+    evaluate(env, agent, min(3, args.eval_episodes), seed, frames)
     imageio.mimwrite(path, frames, fps=env.metadata.get("render_fps", 30), macro_block_size=2)
     print(f"video: {path} ({len(frames)} frames)")
 
@@ -1672,6 +1672,8 @@ def faster(args, update):
     if args.compile == "on":
         torch.compiler.reset()  # graphs of an earlier phase's networks
         torch._inductor.config.fallback_random = True  # the random numbers of the eager update
+        # One graph, although gradients are taken and RND's rows are counted within it.
+        torch._dynamo.config.trace_autograd_ops = torch._dynamo.config.capture_dynamic_output_shape_ops = True
         update = torch.compile(update)
     return CudaGraph(update) if args.cudagraphs else update
 

@@ -959,6 +959,8 @@ def faster(args, update):
     if args.compile == "on":
         torch.compiler.reset()  # graphs of an earlier phase's networks
         torch._inductor.config.fallback_random = True  # the random numbers of the eager update
+        # One graph, although gradients are taken and RND's rows are counted within it.
+        torch._dynamo.config.trace_autograd_ops = torch._dynamo.config.capture_dynamic_output_shape_ops = True
         update = torch.compile(update)
     return CudaGraph(update) if args.cudagraphs else update
 

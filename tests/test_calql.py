@@ -455,15 +455,14 @@ def train(compiled, updates=300):
 @pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="no C++ compiler")
 def test_compiled_update_equals_eager():
-    """300 updates: losses within 0.1 % at first, within 1 % of the eager ones' largest value at the end, where rounding
-    has had its time to grow."""
+    """300 updates: each loss within 1e-4 of its largest eager value (seen: 2e-7), parameters within 1e-5 + 0.1 %."""
     (state, losses), (eager, eager_losses) = train("on"), train("off")
     for name, value in eager.items():
-        torch.testing.assert_close(state[name], value, rtol=1e-2, atol=3e-3, msg=lambda text, n=name: f"{n}: {text}")
-    largest = {name: max(abs(record[name]) for record in eager_losses) for name in eager_losses[0]}
-    for step, (a, b) in enumerate(zip(losses, eager_losses, strict=True)):
-        assert a == pytest.approx(b, rel=1e-3, abs=1e-5) or step >= 5, step
-        assert all(abs(a[name] - b[name]) <= 0.01 * largest[name] for name in b), step
+        torch.testing.assert_close(state[name], value, rtol=1e-3, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+    for name in eager_losses[0]:
+        largest = max(abs(record[name]) for record in eager_losses)
+        for step, (a, b) in enumerate(zip(losses, eager_losses, strict=True)):
+            assert a[name] == pytest.approx(b[name], abs=1e-4 * largest), (name, step)
 
 
 # === batches ===

@@ -101,17 +101,18 @@ def check_metrics(run, rnd=True):
     for record in metrics(run):
         for name, value in record.items():
             assert isinstance(value, str) or math.isfinite(value), (name, record)
-    names = ("value", "critic", "actor", "q_mean", "v_mean", "advantage_mean")
+    names = ("value", "critic", "actor", "q_mean", "v_mean", "q_magnitude", "v_magnitude", "advantage_mean")
     losses = {f"losses/{name}" for name in names}
     bonus = {"losses/rnd", "rnd/batch_intrinsic_reward"} if rnd else set()
     last = {"rnd/online_mean", "rnd/online_scaled_mean", "rnd/online_std"} if rnd else set()
     where = {"phase", "env_step", "grad_step"}
     for phase, want in {"pretrain": losses | bonus, "online": losses | bonus | last, "retrain": losses}.items():
         logged = [r for r in metrics(run, phase) if "losses/value" in r]
-        assert logged and all(r.keys() == where | want for r in logged), phase
+        assert logged and all(r.keys() - {"diverged"} == where | want for r in logged), phase
         evaluations = [r for r in metrics(run, phase) if "eval/return" in r]
         names = {"eval/return", "eval/success_rate", "eval/normalized_score", "eval/episodes"}
-        assert evaluations and all(r.keys() == where | names for r in evaluations), phase
+        far = "eval/far_success_rate"  # in mazes, where an episode starts far from the goal
+        assert evaluations and all(r.keys() - {far} == where | names for r in evaluations), phase
 
 
 # === every task ===
@@ -148,14 +149,15 @@ def test_all_phases(env_id, tiny, session, capsys):
 
     # Scores: in the table, in results.json, in metrics.jsonl, and per episode in evals.jsonl.
     results = json.loads((run / "results.json").read_text())
-    assert results == {"env_id": env_id, "rows": rows} and [row["env_step"] for row in rows] == times
-    evaluations = read_lines(run / "evals.jsonl")
+    assert (results["env_id"], results["rows"]) == (env_id, rows) and [row["env_step"] for row in rows] == times
+    assert len(read_lines(run / "evals.jsonl")) == len([r for r in metrics(run) if "eval/return" in r])
     for row in rows:
-        for kind, phase in (("exploration", "online"), ("exploitation", "retrain")):
-            (episodes,) = [e["episodes"] for e in evaluations if (e["phase"], e["env_step"]) == (phase, row["env_step"])
-                           and e["grad_step"] > 0]
+        for kind in ("exploration", "exploitation"):
+            episodes = row[kind]["per_episode"]
+            assert len(episodes) == row[kind]["eval/episodes"]
             assert row[kind]["eval/return"] == np.mean([episode["return"] for episode in episodes])
             assert all(0 < episode["length"] <= horizon for episode in episodes)
+    assert sum(episode["length"] for episode in results["training_episodes"]) == times[-1]
     assert f"{rows[-1]['exploitation']['eval/normalized_score']:.1f}" in capsys.readouterr().out
 
     # Every online step is in replay.bin, episode after episode, with the actions that were taken.
@@ -259,7 +261,7 @@ def test_pretraining_can_be_left_out(tiny, session):
 def test_exploitation_can_be_left_out(tiny, session, capsys):
     tiny(PEN)
     (row,) = session.run("--env-id", PEN, *SMALL, "--online-steps", 30, "--retrain-at")
-    assert row["env_step"] == 30 and row["exploration"] and row["exploitation"] is None
+    assert row["env_step"] == 30 and row["exploration"] and "exploitation" not in row
     assert not list(directory(PEN).glob("exploitation*")) and not metrics(directory(PEN), "retrain")
 
 
@@ -304,7 +306,7 @@ def test_retraining_leaves_no_trace_in_the_online_phase(session, source):
 def test_exploit_only_for_another_t(session, source):
     """Any t of the stored data, also one in the middle and one at which the run was not evaluated."""
     run, (row,) = exploit(session, source, "--retrain-at", 60)
-    assert row["env_step"] == 60 and row["exploration"] is None and row["exploitation"]["eval/episodes"] == 1
+    assert row["env_step"] == 60 and "exploration" not in row and row["exploitation"]["eval/episodes"] >= 1
     run, (row,) = exploit(session, source, "--retrain-at", 45, "--exp-name", "inner")
     assert same(weights(directory(PEN, "inner") / "exploitation_45.pt"), weights(source / "exploitation_45.pt"))
 
@@ -514,6 +516,7 @@ def wandb(monkeypatch):
     """A stand-in for wandb; (started, sent): the arguments of wandb.init and of log."""
     started, sent = [], []
     stub = types.ModuleType("wandb")
+    stub.setup = lambda: types.SimpleNamespace(settings=types.SimpleNamespace(mode=os.environ.get("WANDB_MODE")))
     stub.init = lambda **options: started.append(options) or types.SimpleNamespace(log=sent.append)
     monkeypatch.setitem(sys.modules, "wandb", stub)
     return started, sent
@@ -538,17 +541,20 @@ def test_a_run_is_itself_for_wandb_too(tiny, session, wandb, monkeypatch):
     """Its id is the run's own, not the path's; an offline part of a run never replaces another; variables count."""
     tiny(PEN)
     started, _ = wandb
-    monkeypatch.setenv("WANDB_PROJECT", "theirs")
+    unfinished = directory(PEN) / "results.json"  # without it a run goes on
     session.run(*TRACK, "--wandb-mode", "online")
+    unfinished.unlink()
     session.run(*TRACK, "--wandb-mode", "online", "--resume")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    session.run(*TRACK, "--resume")
-    session.run(*TRACK, "--resume")
+    for _ in range(2):
+        unfinished.unlink()
+        session.run(*TRACK, "--resume")
     ids = [options["id"] for options in started]
     run_id = json.loads((directory(PEN) / "config.json").read_text())["run_id"]
     assert ids[:2] == [run_id] * 2 and len(set(ids)) == 3 and {options["group"] for options in started} == {run_id}
-    assert [options["mode"] for options in started] == ["online", "online", "offline", "offline"]
-    assert {options["project"] for options in started} == {"theirs"}
+    # What is not given is left to wandb, which reads its own variables.
+    assert [options["mode"] for options in started] == ["online", "online", None, None]
+    assert {options["project"] for options in started} == {None}
     shutil.rmtree(directory(PEN))
     session.run(*TRACK)
     assert started[-1]["id"] != run_id
