@@ -911,8 +911,11 @@ ENDLESS = ("pen", "door", "relocate", "hammer", "kitchen", "maze2d")
 
 
 def flatten_observation(task, obs):
-    """Today's observation (array, or dict of arrays with leading axes) as D4RL's vector, float32."""
-    if task.family == "kitchen":  # robot qpos 9, object qpos 21; without velocities and without the constant goal
+    """Today's observation (array, or dict of arrays with leading axes) as D4RL's vector, float32. An array is one
+    already (tools/export_minari.py)."""
+    if not isinstance(obs, dict):
+        pass
+    elif task.family == "kitchen":  # robot qpos 9, object qpos 21; without velocities and without the constant goal
         obs = np.concatenate([obs["observation"][..., 0:9], obs["observation"][..., 18:39]], axis=-1)
     elif task.family == "antmaze":
         obs = np.concatenate([obs["achieved_goal"], obs["observation"][..., :27]], axis=-1)
@@ -1097,7 +1100,7 @@ def read_minari(args, env, dataset_ids):
                     continue
                 taken += 1
                 observations, rewards = flatten_observation(task, episode.observations), episode.rewards
-                if task.family == "kitchen":
+                if task.family == "kitchen" and isinstance(episode.observations, dict):
                     achieved, desired = episode.observations["achieved_goal"], episode.observations["desired_goal"]
                     done = np.stack([np.linalg.norm(achieved[t] - desired[t], axis=-1)[1:] < 0.3
                                      for t in task.kwargs["tasks_to_complete"]])
