@@ -39,3 +39,19 @@ def test_the_study_in_the_medium_maze():
         cells = re.findall(rf"^\| {re.escape(name)} \|(.*)\|$", page, flags=re.M)[-1].split("|")
         assert [int(cell) for cell in cells] == [
             round(100 * found[column][seed]["eval/far_success_rate"]) for seed in range(1, 8)]
+
+
+def test_the_example_run_is_the_studys_seed_1():
+    """Its policies can be loaded, and its table is that of the packed records."""
+    import iql_ooo as ooo
+
+    example = ROOT / "results" / "example"
+    (row,) = json.loads((example / "results.json").read_text())["rows"]
+    config = ooo.read_config(example)
+    assert sum(path.stat().st_size for path in example.iterdir()) < 2_000_000
+    for policy in ("exploration", "exploitation"):
+        assert row[policy] == final_evaluations()["iql_ooo", policy][1]
+        agent = ooo.load_policy(example / f"{policy}_20000.pt")
+        assert agent.act(np.zeros((3, 4), np.float32)).shape == (3, 2)
+        saved = ooo.load_torch(example / f"{policy}_20000.pt", ooo.torch.device("cpu"), config["run_id"])
+        assert saved["env_id"] == config["args"]["env_id"]
