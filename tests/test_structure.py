@@ -321,3 +321,13 @@ def test_commands_are_found_in_a_text():
     ]
     markdown = "a\n```bash\nb\n```\nc\n```\nd\ne\n```\n"
     assert fenced_blocks(markdown) == ["b\n", "d\ne\n"]
+
+
+def test_the_lock_holds_every_pin():
+    """Each line of requirements.txt at its version, with hashes."""
+    text = (ROOT / "requirements.lock").read_text()
+    locked = dict(re.findall(r"^([\w.-]+)(?:\[[^\]]*\])?==(\S+).*\\\n    --hash=sha256:", text, flags=re.M))
+    pins = re.findall(r"^([\w.-]+)(?:\[[^\]]*\])?==(\S+)", (ROOT / "requirements.txt").read_text(), flags=re.M)
+    assert len(pins) > 15
+    for name, version in pins:
+        assert locked[canonicalize_name(name)] == version, name
