@@ -26,7 +26,8 @@ def test_the_dataset_is_what_was_collected(store, script):
     config, module, data = export_minari.read_run(store[script])
     export_minari.main([str(store[script]), "--dataset-id", "me/explored-v0"])
     dataset = minari.load_dataset("me/explored-v0")
-    assert dataset.total_steps == len(data["rewards"]) == 200 and config["run_id"] in dataset.storage.metadata["description"]
+    assert dataset.total_steps == len(data["rewards"]) == 200
+    assert config["run_id"] in dataset.storage.metadata["description"]
     args = ooo.parse_args(["--env-id", config["args"]["env_id"], "--dataset-id", "me/explored-v0", "--remove-discs",
                            "--data-subset", "0"])
     env = ooo.make_env(args.env_id)
