@@ -143,8 +143,7 @@ TASKS = {
 }
 
 
-# === arguments ===
-# === shared block: ranges ===
+# === ranges (shared) ===
 # The type of a setting says its range: pydantic refuses what lies outside, on the command line and in a config.json.
 Steps = Annotated[int, Field(ge=0, le=10**10)]  # 0: none
 Count = Annotated[int, Field(ge=1, le=10**10)]
@@ -160,9 +159,7 @@ Name = Annotated[str, Field(pattern=r"^\w[\w.+=,-]{0,99}$")]  # names a folder
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
-# === end shared block: ranges ===
-
-
+# === arguments ===
 @dataclass(config=ConfigDict(extra="forbid"))
 class Args:
     # --- experiment ---
@@ -244,8 +241,7 @@ def invalid_combinations(args):
     )
 
 
-# === networks ===
-# === shared block: adam ===
+# === adam (shared) ===
 def affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """x @ weight + bias, (num, batch, in) -> (num, batch, out), in the form that is fastest eager or compiled: the
     compiler adds the bias in the next kernel, and a sum beats a matrix product of width 1."""
@@ -288,10 +284,7 @@ class Adam(torch.optim.Adam):
                 p.sub_(mean_rate * m / (v.sqrt() * square_rate + eps))
 
 
-# === end shared block: adam ===
-
-
-# === shared block: networks ===
+# === networks (shared) ===
 class Stack(nn.Module):
     """`num` networks of equal sizes side by side: (batch, dims[0]) -> (num, batch, dims[-1]). Linear layers, orthogonal
     with gain sqrt(2), ReLU (and dropout) between them; the last one is linear."""
@@ -359,10 +352,7 @@ class Actor(nn.Module):
         return (mean + spread).tanh() if self.squash else (mean.tanh() + spread).clamp(-1.0, 1.0)
 
 
-# === end shared block: networks ===
-
-
-# === shared block: iql agent ===
+# === iql agent (shared) ===
 class Agent(nn.Module):
     """The networks of one IQL (or TD3) agent and their optimisers."""
 
@@ -394,9 +384,7 @@ class Agent(nn.Module):
         torch._foreach_lerp_(list(self.critic_target.parameters()), list(self.critic.parameters()), tau)
 
 
-# === end shared block: iql agent ===
-
-
+# === pex agent ===
 class PEXAgent(nn.Module):
     """The frozen policy of the offline phase, the learnt one, and Q and V, which go on from it; new optimisers."""
 
@@ -463,7 +451,7 @@ class PEXAgent(nn.Module):
         torch._foreach_lerp_(list(self.critic_target.parameters()), list(self.critic.parameters()), tau)
 
 
-# === shared block: iql update ===
+# === iql update (shared) ===
 def expectile_loss(diff, expectile):
     """IQL eq. 5: |expectile - 1{diff < 0}| * diff^2, averaged. diff = Q_target(s, a) - V(s), shape (batch,)."""
     weight = torch.where(diff > 0, expectile, 1.0 - expectile)
@@ -502,9 +490,7 @@ def iql_update(agent, batch, bonus=0.0, *, expectile, temperature, gamma, tau, d
             "losses/advantage_mean": advantage.mean()}
 
 
-# === end shared block: iql update ===
-
-
+# === pex updates ===
 def pex_update(agent, batch, *, expectile, temperature, gamma, tau, q_min=-np.inf, q_max=np.inf, noise=None,
                uniform=None):
     """One online update of PEX: V and Q as in IQL, then the learnt policy on the actions that the composed one draws.
@@ -721,8 +707,7 @@ def load_policy(path: str | Path) -> Agent | PEXAgent:
 # (docs/extending.md).
 
 
-# === evaluation ===
-# === shared block: evaluation ===
+# === evaluation (shared) ===
 def evaluate(env, agent, episodes: int, seed: int, frames: list | None = None) -> tuple[list[dict], dict]:
     """Episodes of agent.act(obs): a list of dicts, and their means under the names of the metrics. The score is the
     paper's: success, kitchen tasks / 4, or D4RL's score, x 100. Start states and draws depend on the seed alone."""
@@ -828,11 +813,7 @@ def report(run):
     return results["rows"]
 
 
-# === end shared block: evaluation ===
-
-
-# === replay buffer ===
-# === shared block: replay buffer ===
+# === replay buffer (shared) ===
 class ReplayBuffer:
     """Append-only transitions on the training device, as they came (raw rewards; choice 7 of iql_ooo.py). One row holds
     all columns side by side, so that a batch is a single gather and an online step a single copy."""
@@ -898,11 +879,7 @@ class ReplayBuffer:
             fail(f"{path} is not as it was written (its checksum differs); restore it, or start the run again")
 
 
-# === end shared block: replay buffer ===
-
-
-# === environments ===
-# === shared block: environments ===
+# === environments (shared) ===
 GOAL_RADIUS = 0.5  # D4RL's in both mazes; gymnasium-robotics uses 0.45
 ANTMAZE_DATA_GOAL_OFFSET = (0.75, -0.75)  # mean of the goals drawn by TaskEnv.reset
 # Families whose episodes end at the horizon alone, whatever the package or a file says. Antmaze ends at the goal, any
@@ -1034,11 +1011,7 @@ def make_env(env_id: str, render_mode: str | None = None) -> TaskEnv:
     return TaskEnv(env, task)
 
 
-# === end shared block: environments ===
-
-
-# === offline data ===
-# === shared block: offline data ===
+# === offline data (shared) ===
 def check_columns(source, env, columns):
     """The columns as float32 arrays of equal length; exit 2 for another length or width, NaN or infinity."""
     widths = {"observations": env.observation_space.shape, "next_observations": env.observation_space.shape,
@@ -1228,11 +1201,7 @@ def load_dataset(args, env: TaskEnv, seed: int) -> tuple[dict[str, np.ndarray], 
     return data, report
 
 
-# === end shared block: offline data ===
-
-
-# === command line, run directory ===
-# === shared block: run directory ===
+# === command line, run directory (shared) ===
 # Settings of a process, not of its run: not taken over from another run, and free to change on --resume.
 PROCESS_SETTINGS = ("resume", "track", "wandb_project", "wandb_mode", "runs_dir", "video", "device", "torch_threads",
                     "compile")
@@ -1670,9 +1639,6 @@ def provenance(device):
             "hardware": {"cpu": cpu, "cpu_capability": torch.backends.cpu.get_cpu_capability(), "cores": os.cpu_count(),
                          "threads": torch.get_num_threads(), "matmul_precision": torch.get_float32_matmul_precision(),
                          "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None}}
-
-
-# === end shared block: run directory ===
 
 
 if __name__ == "__main__":

@@ -71,11 +71,11 @@ from tqdm import tqdm
 SCRIPT = "pointmass_didactic"  # written into every file of a run, also by a renamed copy
 
 
-# === arguments ===
+# === tasks ===
 TASKS = {"point-mass-wall": SimpleNamespace(settings={})}  # no overrides of Args
 
 
-# === shared block: ranges ===
+# === ranges (shared) ===
 # The type of a setting says its range: pydantic refuses what lies outside, on the command line and in a config.json.
 Steps = Annotated[int, Field(ge=0, le=10**10)]  # 0: none
 Count = Annotated[int, Field(ge=1, le=10**10)]
@@ -91,9 +91,7 @@ Name = Annotated[str, Field(pattern=r"^\w[\w.+=,-]{0,99}$")]  # names a folder
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
-# === end shared block: ranges ===
-
-
+# === arguments ===
 @dataclass(config=ConfigDict(extra="forbid"))
 class Args:
     # --- experiment ---
@@ -246,8 +244,7 @@ def count_cells(pairs: torch.Tensor) -> torch.Tensor:
     return (nodes * nodes.new_tensor([math.prod(BINS[i + 1 :]) for i in range(4)])).sum(-1).long()
 
 
-# === networks ===
-# === shared block: adam ===
+# === adam (shared) ===
 def affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """x @ weight + bias, (num, batch, in) -> (num, batch, out), in the form that is fastest eager or compiled: the
     compiler adds the bias in the next kernel, and a sum beats a matrix product of width 1."""
@@ -290,9 +287,7 @@ class Adam(torch.optim.Adam):
                 p.sub_(mean_rate * m / (v.sqrt() * square_rate + eps))
 
 
-# === end shared block: adam ===
-
-
+# === networks ===
 class BatchedMLP(nn.Module):
     """Independent networks of one shape, ReLU between the layers: (members, batch, in) -> (members, batch, out)."""
 
@@ -822,8 +817,7 @@ def draw_figure(args, buffer, explored, retrained):
     return picture.getvalue()
 
 
-# === command line, run directory ===
-# === shared block: run directory ===
+# === command line, run directory (shared) ===
 # Settings of a process, not of its run: not taken over from another run, and free to change on --resume.
 PROCESS_SETTINGS = ("resume", "track", "wandb_project", "wandb_mode", "runs_dir", "video", "device", "torch_threads",
                     "compile")
@@ -1261,9 +1255,6 @@ def provenance(device):
             "hardware": {"cpu": cpu, "cpu_capability": torch.backends.cpu.get_cpu_capability(), "cores": os.cpu_count(),
                          "threads": torch.get_num_threads(), "matmul_precision": torch.get_float32_matmul_precision(),
                          "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None}}
-
-
-# === end shared block: run directory ===
 
 
 if __name__ == "__main__":

@@ -171,8 +171,7 @@ TASKS = {
 }
 
 
-# === arguments ===
-# === shared block: ranges ===
+# === ranges (shared) ===
 # The type of a setting says its range: pydantic refuses what lies outside, on the command line and in a config.json.
 Steps = Annotated[int, Field(ge=0, le=10**10)]  # 0: none
 Count = Annotated[int, Field(ge=1, le=10**10)]
@@ -188,9 +187,7 @@ Name = Annotated[str, Field(pattern=r"^\w[\w.+=,-]{0,99}$")]  # names a folder
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
-# === end shared block: ranges ===
-
-
+# === arguments ===
 @dataclass(config=ConfigDict(extra="forbid"))
 class Args:
     # --- experiment ---
@@ -302,8 +299,7 @@ def invalid_combinations(args):
     )
 
 
-# === networks ===
-# === shared block: adam ===
+# === adam (shared) ===
 def affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """x @ weight + bias, (num, batch, in) -> (num, batch, out), in the form that is fastest eager or compiled: the
     compiler adds the bias in the next kernel, and a sum beats a matrix product of width 1."""
@@ -346,9 +342,7 @@ class Adam(torch.optim.Adam):
                 p.sub_(mean_rate * m / (v.sqrt() * square_rate + eps))
 
 
-# === end shared block: adam ===
-
-
+# === networks ===
 def initialize(weights):
     """Xavier's uniform draws, as all of RLPD's networks have them. weights: matrices."""
     for weight in weights:
@@ -449,7 +443,7 @@ class Agent(nn.Module):
         torch._foreach_lerp_(list(self.critic_target.parameters()), list(self.critic.parameters()), tau)
 
 
-# === shared block: running statistics ===
+# === running statistics (shared) ===
 class RunningMeanStd(nn.Module):
     """Mean and population variance of all rows (n, dim) so far, by Chan's parallel formula, in float64."""
 
@@ -471,10 +465,7 @@ class RunningMeanStd(nn.Module):
         self.count.add_(n)
 
 
-# === end shared block: running statistics ===
-
-
-# === shared block: rnd of cal-ql and rlpd ===
+# === rnd of cal-ql and rlpd (shared) ===
 class RND(nn.Module):
     """Random network distillation (arXiv 1810.12894): the error of a trained predictor of a fixed random network's
     features of s', divided by a running standard deviation, is the intrinsic reward. reward, normalizer: see Args.
@@ -547,9 +538,6 @@ class RND(nn.Module):
         loss = (error * mask[rows]).sum() / mask.sum().clamp(min=1)
         self.optimizer.minimize(loss)
         return rewards, loss.detach()
-
-
-# === end shared block: rnd of cal-ql and rlpd ===
 
 
 # === updates ===
@@ -836,8 +824,7 @@ def load_policy(path: str | Path) -> Agent:
 # (docs/extending.md).
 
 
-# === evaluation ===
-# === shared block: evaluation ===
+# === evaluation (shared) ===
 def evaluate(env, agent, episodes: int, seed: int, frames: list | None = None) -> tuple[list[dict], dict]:
     """Episodes of agent.act(obs): a list of dicts, and their means under the names of the metrics. The score is the
     paper's: success, kitchen tasks / 4, or D4RL's score, x 100. Start states and draws depend on the seed alone."""
@@ -943,11 +930,7 @@ def report(run):
     return results["rows"]
 
 
-# === end shared block: evaluation ===
-
-
-# === replay buffer ===
-# === shared block: replay buffer ===
+# === replay buffer (shared) ===
 class ReplayBuffer:
     """Append-only transitions on the training device, as they came (raw rewards; choice 7 of iql_ooo.py). One row holds
     all columns side by side, so that a batch is a single gather and an online step a single copy."""
@@ -1013,11 +996,7 @@ class ReplayBuffer:
             fail(f"{path} is not as it was written (its checksum differs); restore it, or start the run again")
 
 
-# === end shared block: replay buffer ===
-
-
-# === environments ===
-# === shared block: environments ===
+# === environments (shared) ===
 GOAL_RADIUS = 0.5  # D4RL's in both mazes; gymnasium-robotics uses 0.45
 ANTMAZE_DATA_GOAL_OFFSET = (0.75, -0.75)  # mean of the goals drawn by TaskEnv.reset
 # Families whose episodes end at the horizon alone, whatever the package or a file says. Antmaze ends at the goal, any
@@ -1149,11 +1128,7 @@ def make_env(env_id: str, render_mode: str | None = None) -> TaskEnv:
     return TaskEnv(env, task)
 
 
-# === end shared block: environments ===
-
-
-# === offline data ===
-# === shared block: offline data ===
+# === offline data (shared) ===
 def check_columns(source, env, columns):
     """The columns as float32 arrays of equal length; exit 2 for another length or width, NaN or infinity."""
     widths = {"observations": env.observation_space.shape, "next_observations": env.observation_space.shape,
@@ -1343,11 +1318,7 @@ def load_dataset(args, env: TaskEnv, seed: int) -> tuple[dict[str, np.ndarray], 
     return data, report
 
 
-# === end shared block: offline data ===
-
-
-# === command line, run directory ===
-# === shared block: run directory ===
+# === command line, run directory (shared) ===
 # Settings of a process, not of its run: not taken over from another run, and free to change on --resume.
 PROCESS_SETTINGS = ("resume", "track", "wandb_project", "wandb_mode", "runs_dir", "video", "device", "torch_threads",
                     "compile")
@@ -1787,10 +1758,7 @@ def provenance(device):
                          "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None}}
 
 
-# === end shared block: run directory ===
-
-
-# === shared block: exploit only ===
+# === exploit only (shared) ===
 def read_source(run):
     """--exploit-only: the exploration scores of a finished run, its choice of offline data, and where its online rows
     are, as ReplayBuffer.load wants it. The source is known by its id, wherever it lies."""
@@ -1809,9 +1777,6 @@ def read_source(run):
     run.source_id = config["run_id"]
     run.data_seed, run.data_sha256 = config["args"]["seed"], config["dataset"]["sha256"]
     return source / "replay.bin", saved["sizes"]["replay.bin"], saved["replay_sum"], max(times)
-
-
-# === end shared block: exploit only ===
 
 
 if __name__ == "__main__":

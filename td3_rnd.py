@@ -144,8 +144,7 @@ TASKS = {
 }
 
 
-# === arguments ===
-# === shared block: ranges ===
+# === ranges (shared) ===
 # The type of a setting says its range: pydantic refuses what lies outside, on the command line and in a config.json.
 Steps = Annotated[int, Field(ge=0, le=10**10)]  # 0: none
 Count = Annotated[int, Field(ge=1, le=10**10)]
@@ -161,9 +160,7 @@ Name = Annotated[str, Field(pattern=r"^\w[\w.+=,-]{0,99}$")]  # names a folder
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
-# === end shared block: ranges ===
-
-
+# === arguments ===
 @dataclass(config=ConfigDict(extra="forbid"))
 class Args:
     # --- experiment ---
@@ -245,8 +242,7 @@ def invalid_combinations(args):
     )
 
 
-# === networks ===
-# === shared block: adam ===
+# === adam (shared) ===
 def affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """x @ weight + bias, (num, batch, in) -> (num, batch, out), in the form that is fastest eager or compiled: the
     compiler adds the bias in the next kernel, and a sum beats a matrix product of width 1."""
@@ -289,10 +285,7 @@ class Adam(torch.optim.Adam):
                 p.sub_(mean_rate * m / (v.sqrt() * square_rate + eps))
 
 
-# === end shared block: adam ===
-
-
-# === shared block: networks ===
+# === networks (shared) ===
 class Stack(nn.Module):
     """`num` networks of equal sizes side by side: (batch, dims[0]) -> (num, batch, dims[-1]). Linear layers, orthogonal
     with gain sqrt(2), ReLU (and dropout) between them; the last one is linear."""
@@ -360,9 +353,7 @@ class Actor(nn.Module):
         return (mean + spread).tanh() if self.squash else (mean.tanh() + spread).clamp(-1.0, 1.0)
 
 
-# === end shared block: networks ===
-
-
+# === agents ===
 class Agent(nn.Module):
     """The networks of the authors' TD3 and their optimisers: a squashed Gaussian that explores by its own noise."""
 
@@ -424,7 +415,7 @@ class FujimotoAgent(nn.Module):
             torch._foreach_lerp_(list(target.parameters()), list(network.parameters()), tau)
 
 
-# === shared block: running statistics ===
+# === running statistics (shared) ===
 class RunningMeanStd(nn.Module):
     """Mean and population variance of all rows (n, dim) so far, by Chan's parallel formula, in float64."""
 
@@ -446,10 +437,7 @@ class RunningMeanStd(nn.Module):
         self.count.add_(n)
 
 
-# === end shared block: running statistics ===
-
-
-# === shared block: rnd ===
+# === rnd (shared) ===
 class RND(nn.Module):
     """Random network distillation (arXiv 1810.12894): the error of a trained predictor of a fixed random network's
     features of s', divided by a running standard deviation, is the intrinsic reward. reward, normalizer: see Args.
@@ -524,10 +512,7 @@ class RND(nn.Module):
         return rewards, loss.detach()
 
 
-# === end shared block: rnd ===
-
-
-# === shared block: simplified td3 ===
+# === simplified td3 (shared) ===
 def td3_update(agent, batch, bonus=0.0, *, gamma, tau, dropout=0.0, noise=None):
     """The authors' simplified TD3 (Fig. 5): no target actor, no delay, no noise clip, no bounds. The policy's critic
     is the one before this step's update. noise: standard normal (2, batch, act_dim) for next and policy action."""
@@ -549,9 +534,7 @@ def td3_update(agent, batch, bonus=0.0, *, gamma, tau, dropout=0.0, noise=None):
             "losses/q_mean": q.detach().mean(), "losses/q_magnitude": q.detach().abs().mean()}
 
 
-# === end shared block: simplified td3 ===
-
-
+# === updates ===
 def fujimoto_update(agent, batch, bonus=0.0, *, gamma, tau, policy_noise=0.2, noise_clip=0.5, update_policy=True,
                     noise=None):
     """One step of TD3 (arXiv 1802.09477, Algorithm 1). update_policy: also the delayed part, policy and targets.
@@ -716,8 +699,7 @@ def load_policy(path: str | Path) -> Agent | FujimotoAgent:
 # (docs/extending.md).
 
 
-# === evaluation ===
-# === shared block: evaluation ===
+# === evaluation (shared) ===
 def evaluate(env, agent, episodes: int, seed: int, frames: list | None = None) -> tuple[list[dict], dict]:
     """Episodes of agent.act(obs): a list of dicts, and their means under the names of the metrics. The score is the
     paper's: success, kitchen tasks / 4, or D4RL's score, x 100. Start states and draws depend on the seed alone."""
@@ -823,11 +805,7 @@ def report(run):
     return results["rows"]
 
 
-# === end shared block: evaluation ===
-
-
-# === replay buffer ===
-# === shared block: replay buffer ===
+# === replay buffer (shared) ===
 class ReplayBuffer:
     """Append-only transitions on the training device, as they came (raw rewards; choice 7 of iql_ooo.py). One row holds
     all columns side by side, so that a batch is a single gather and an online step a single copy."""
@@ -893,11 +871,7 @@ class ReplayBuffer:
             fail(f"{path} is not as it was written (its checksum differs); restore it, or start the run again")
 
 
-# === end shared block: replay buffer ===
-
-
-# === environments ===
-# === shared block: environments ===
+# === environments (shared) ===
 GOAL_RADIUS = 0.5  # D4RL's in both mazes; gymnasium-robotics uses 0.45
 ANTMAZE_DATA_GOAL_OFFSET = (0.75, -0.75)  # mean of the goals drawn by TaskEnv.reset
 # Families whose episodes end at the horizon alone, whatever the package or a file says. Antmaze ends at the goal, any
@@ -1029,11 +1003,7 @@ def make_env(env_id: str, render_mode: str | None = None) -> TaskEnv:
     return TaskEnv(env, task)
 
 
-# === end shared block: environments ===
-
-
-# === offline data ===
-# === shared block: offline data ===
+# === offline data (shared) ===
 def check_columns(source, env, columns):
     """The columns as float32 arrays of equal length; exit 2 for another length or width, NaN or infinity."""
     widths = {"observations": env.observation_space.shape, "next_observations": env.observation_space.shape,
@@ -1223,11 +1193,7 @@ def load_dataset(args, env: TaskEnv, seed: int) -> tuple[dict[str, np.ndarray], 
     return data, report
 
 
-# === end shared block: offline data ===
-
-
-# === command line, run directory ===
-# === shared block: run directory ===
+# === command line, run directory (shared) ===
 # Settings of a process, not of its run: not taken over from another run, and free to change on --resume.
 PROCESS_SETTINGS = ("resume", "track", "wandb_project", "wandb_mode", "runs_dir", "video", "device", "torch_threads",
                     "compile")
@@ -1665,9 +1631,6 @@ def provenance(device):
             "hardware": {"cpu": cpu, "cpu_capability": torch.backends.cpu.get_cpu_capability(), "cores": os.cpu_count(),
                          "threads": torch.get_num_threads(), "matmul_precision": torch.get_float32_matmul_precision(),
                          "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None}}
-
-
-# === end shared block: run directory ===
 
 
 if __name__ == "__main__":

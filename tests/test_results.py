@@ -38,7 +38,8 @@ def test_the_study_in_the_medium_maze():
         cells = re.search(rf"^\| {name} \|(.*)\|$", page, flags=re.M)[1].split("|")
         means = [100 * np.mean([s[f"eval/{key}"] for s in found[column].values()]) for column in COLUMNS]
         assert [float(cell.split("[")[0]) for cell in cells] == [round(mean, 1) for mean in means]
-    for name, column in zip(("IQL", "IQL's data, retrained", "IQL + RND", "OOO (IQL)", "offline data alone"), COLUMNS, strict=True):
+    names = ("IQL", "IQL's data, retrained", "IQL + RND", "OOO (IQL)", "offline data alone")
+    for name, column in zip(names, COLUMNS, strict=True):
         cells = re.findall(rf"^\| {re.escape(name)} \|(.*)\|$", page, flags=re.M)[-1].split("|")
         assert [int(cell) for cell in cells] == [
             round(100 * found[column][seed]["eval/far_success_rate"]) for seed in SEEDS]

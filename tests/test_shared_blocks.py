@@ -3,7 +3,7 @@
     python tests/test_shared_blocks.py                      # list what is wrong
     python tests/test_shared_blocks.py --fix iql_ooo.py     # copy that script's blocks over the other scripts' copies
 
-A block begins with the line `# === shared block: NAME ===` and ends with `# === end shared block: NAME ===`.
+A block begins with the line `# === NAME (shared) ===` and ends before the next banner, or before `if __name__`.
 """
 
 import argparse
@@ -35,12 +35,11 @@ BLOCKS = {
     "replay buffer": DATA,
     "environments": DATA,
     "offline data": DATA,
-    "run directory": ALL,
+    "command line, run directory": ALL,
     "exploit only": {"iql_ooo.py", "rlpd_ooo.py", "calql_ooo.py"},
 }
 
-FENCE = re.compile(r"# === (end )?shared block: (\S.*\S|\S) ===\n")
-LOOKS_LIKE_FENCE = re.compile(r"\s*#.*=.*shared\s+block", re.IGNORECASE)
+BANNER = re.compile(r"^# === (.*) ===\n|^if __name__ ", re.MULTILINE)
 
 
 # === the checker ===
@@ -52,29 +51,18 @@ def read(path):
 
 
 def find_blocks(text):
-    """Blocks of a script as {name: (start, end)} in characters, fences included, and a list of problems."""
+    """Shared blocks of a script as {name: (start, end)} in characters, without the blank lines at the end, and a list
+    of problems."""
     spans, problems = {}, []
-    name, start, position = None, 0, 0
-    for number, line in enumerate(text.splitlines(keepends=True), 1):
-        fence = FENCE.fullmatch(line)
-        if fence is None:
-            if LOOKS_LIKE_FENCE.match(line):
-                problems.append(f"line {number}: not written as a fence: {line.strip()}")
-        elif not fence[1]:
-            if name is not None:
-                problems.append(f"line {number}: block '{fence[2]}' opens inside block '{name}'")
-            if fence[2] in spans or fence[2] == name:
-                problems.append(f"line {number}: block '{fence[2]}' occurs twice")
-            name, start = fence[2], position
-        elif fence[2] != name:
-            inside = "outside any block" if name is None else f"inside block '{name}'"
-            problems.append(f"line {number}: end of block '{fence[2]}' {inside}")
-        else:
-            spans.setdefault(name, (start, position + len(line)))
-            name = None
-        position += len(line)
-    if name is not None:
-        problems.append(f"block '{name}' is never closed")
+    banners = list(BANNER.finditer(text))
+    for banner, end in zip(banners, [b.start() for b in banners[1:]] + [len(text)], strict=False):
+        if banner[1] and (name := banner[1].removesuffix(" (shared)")) != banner[1]:
+            if name in spans:
+                problems.append(f"block '{name}' occurs twice")
+            spans[name] = banner.start(), banner.start() + len(text[banner.start() : end].rstrip("\n")) + 1
+    for line in text.splitlines():
+        if "(shared)" in line and not BANNER.match(line + "\n"):
+            problems.append(f"not written as a banner: {line.strip()}")
     return spans, problems
 
 
@@ -168,15 +156,16 @@ def test_shared_blocks_of_the_scripts():
 
 # === the checker's own tests ===
 
-BUFFER = "# === shared block: buffer ===\nx = 1  # a comment\n# === end shared block: buffer ===\n"
-LOGGER = "# === shared block: logger ===\n\ny = 2\n# === end shared block: logger ===\n"
+BUFFER = "# === buffer (shared) ===\nx = 1  # a comment\n\n\n"
+LOGGER = "# === logger (shared) ===\n\ny = 2\n\n\n"
+OWN = "# === own ===\n"
 TABLE = {"buffer": {"a.py", "b.py"}, "logger": {"a.py"}}
 
 
 @pytest.fixture
 def scripts(tmp_path):
     """Two scripts that agree: a.py holds both blocks, b.py holds one, at another place and beside other code."""
-    (tmp_path / "a.py").write_bytes(f"import os\n{BUFFER}\n{LOGGER}print('a')\n".encode())
+    (tmp_path / "a.py").write_bytes(f"import os\n{BUFFER}{LOGGER}{OWN}print('a')\n".encode())
     (tmp_path / "b.py").write_bytes(f"print('b')\nprint('c')\n{BUFFER}".encode())
     return tmp_path
 
@@ -198,17 +187,13 @@ def test_equal_blocks_pass(scripts):
         ("b.py", "a comment", "another comment", "differs between a.py and b.py: line 2"),
         ("b.py", "x = 1", "x =  1", "differs between a.py and b.py: line 2"),
         ("b.py", "a comment\n", "a comment\r\n", "differs between a.py and b.py: line 2"),
-        ("b.py", "a comment\n", "a comment\nz = 3\n", "differs between a.py and b.py: line 3"),
-        ("b.py", "# === end shared block: buffer ===\n", "", "b.py: block 'buffer' is never closed"),
-        ("b.py", "# === shared block: buffer ===\n", "", "b.py: line 4: end of block 'buffer' outside any block"),
-        ("b.py", "# === end", "#=== end", "not written as a fence"),
-        ("b.py", "buffer ===\n", "buffer === \n", "not written as a fence"),
+        ("b.py", "a comment\n", "a comment\nz = 3\n", "differs between a.py and b.py: 2 and 3 lines"),
+        ("b.py", "buffer (shared) ===\n", "buffer (shared) === \n", "not written as a banner"),
+        ("b.py", "# === buffer", "#=== buffer", "not written as a banner"),
         ("b.py", BUFFER, "", "b.py: block 'buffer' is missing"),
         ("a.py", LOGGER, "", "a.py: block 'logger' is missing"),
         ("b.py", BUFFER, BUFFER + LOGGER, "b.py: block 'logger' is not listed"),
         ("a.py", "print('a')\n", BUFFER, "block 'buffer' occurs twice"),
-        ("a.py", "y = 2\n", BUFFER, "block 'buffer' opens inside block 'logger'"),
-        ("a.py", "# === end shared block: logger", "# === end shared block: log", "end of block 'log' inside block"),
     ],
 )
 def test_faults_are_found(scripts, script, old, new, problem):
@@ -235,20 +220,20 @@ def test_fix_repairs_a_changed_copy(scripts):
 
 
 def test_fix_copies_several_blocks_and_only_from_the_named_script(scripts):
-    (scripts / "b.py").write_text(f"{LOGGER.replace('y = 2', 'y = 33')}# between\n{BUFFER.replace('x = 1', 'x = 44')}")
+    (scripts / "b.py").write_text(f"{LOGGER.replace('y = 2', 'y = 33')}{OWN}\n{BUFFER.replace('x = 1', 'x = 44')}")
     assert spread(scripts, "b.py") == ["a.py"]
     assert read(scripts / "a.py") == (
-        f"import os\n{BUFFER.replace('x = 1', 'x = 44')}\n{LOGGER.replace('y = 2', 'y = 33')}print('a')\n"
+        f"import os\n{BUFFER.replace('x = 1', 'x = 44')}{LOGGER.replace('y = 2', 'y = 33')}{OWN}print('a')\n"
     )
     assert spread(scripts, "b.py") == []
 
 
 @pytest.mark.parametrize("source", ["a.py", "b.py"])
-def test_fix_copies_nothing_while_a_fence_is_broken(scripts, source):
+def test_fix_copies_nothing_while_a_block_occurs_twice(scripts, source):
     edit(scripts, "a.py", "x = 1", "x = 5")
-    (scripts / "c.py").write_text(BUFFER.replace("# === end shared block: buffer ===\n", ""))
+    (scripts / "c.py").write_text(BUFFER + BUFFER)
     before = {path.name: read(path) for path in scripts.iterdir()}
-    with pytest.raises(ValueError, match="c.py: block 'buffer' is never closed"):
+    with pytest.raises(ValueError, match="c.py: block 'buffer' occurs twice"):
         spread(scripts, source)
     assert main(["--fix", source], scripts, TABLE) == 1
     assert {path.name: read(path) for path in scripts.iterdir()} == before

@@ -26,9 +26,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated
 
-import matplotlib
 import numpy as np
 import tyro
+
+os.environ["MPLBACKEND"] = "agg"  # matplotlib does not even load with a name that it does not know
+import matplotlib.pyplot as plt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle, Patch, Rectangle
@@ -37,9 +39,6 @@ from matplotlib.ticker import EngFormatter
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from reproduce import ALGORITHMS, check_ranges, fail, output_folder, read_records, run_main, write_whole  # noqa: E402
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 SCRIPTS = {Path(algorithm.script).stem for algorithm in ALGORITHMS.values()}
 BASELINES = {"td3_rnd", "pex"}  # one policy, no retraining
