@@ -4,6 +4,8 @@
     python reproduce.py table2 --seeds 5 --dry-run            # the same as plain commands, to be run by hand
     python reproduce.py table1 --only pen-binary-v0 --algorithms iql iql_ooo --scale 0.01
     python reproduce.py study --seeds 20 --only maze2d-missing-data-medium-v1      # does OOO work? With all controls
+    python reproduce.py gates --seeds 3                       # is retraining on the offline data alone enough?
+    python reproduce.py parity --seeds 8                      # beside curves of the authors' learner: tools/parity.py
     python reproduce.py table2 --preset small                 # minutes a run; mazes, hammer and pen
     python reproduce.py smoke                                 # every algorithm and ablation at tiny scale
     python reproduce.py table3 --address auto                 # on the Ray cluster that this machine belongs to
@@ -74,6 +76,7 @@ ALGORITHMS = {
     "iql_retrained": Algorithm("iql_ooo.py", NO_BONUS),
     "iql_equal_updates": Algorithm("iql_ooo.py", f"{NO_BONUS} --retrain-at --updates-per-step 3"),
     "offline_only": Algorithm("iql_ooo.py", "--offline-steps 0 --online-steps 0 --retrain-at 0"),
+    "parity": Algorithm("iql_ooo.py", f"{NO_BONUS} --online-steps 0 --retrain-at"),
     "td3_rnd": Algorithm("td3_rnd.py"),
     "pex": Algorithm("pex.py"),
     "calql_ooo": Algorithm("calql_ooo.py"),
@@ -94,6 +97,15 @@ BASELINES = ("td3_rnd", "pex")
 IQL_PAIR, CALQL_PAIR = ("iql", "iql_ooo"), ("calql", "calql_ooo")
 TWO_BY_TWO = ("iql_retrained", "iql_ooo", "offline_only")  # exploration and exploitation of both; D_off alone
 
+GATES = ("pen-binary-v0", "hammer-truncated-expert-v1")
+# Steps of two targets, which are neither the paper's nor the small preset's.
+STEPS = {
+    ("gates", GATES[0]): "--retrain-steps 300000 --eval-every 25000 --eval-episodes 50 --checkpoint-every 20000",
+    ("gates", GATES[1]): "--retrain-steps 600000 --eval-every 50000 --eval-episodes 50 --checkpoint-every 20000",
+    ("parity", GATES[0]): "--offline-steps 8000 --eval-every 4000 --log-every 4000 --compile on",
+    ("parity", GATES[1]): "--offline-steps 12000 --eval-every 4000 --log-every 4000 --compile on",
+}
+
 # Of each table or figure: the tasks, and the algorithms on them.
 TARGETS = {
     "table1": [(ADROIT + KITCHEN, BASELINES + CALQL_PAIR + IQL_PAIR)],
@@ -111,11 +123,14 @@ TARGETS = {
     "figure14": [(ADROIT + KITCHEN + HARD, ("iql_ooo", "sync"))],
     "study": [((MEDIUM,), (*TWO_BY_TWO, "frozen_rnd", "no_bounds", "no_up", "iql_equal_updates")),
               ((UMAZE,), TWO_BY_TWO)],
+    "gates": [(GATES, ("offline_only",))],
+    "parity": [(GATES, ("parity",))],
 }
 TARGETS |= {"figure8": TARGETS["table1"], "figure9": TARGETS["table2"], "figure10": TARGETS["table3"]}
 # Everything at tiny scale: one task each, so that it ends within minutes.
 TARGETS["smoke"] = [
-    ((MAZE2D,), tuple(k for k, x in ALGORITHMS.items() if x.script not in ("rlpd_ooo.py", "pointmass_didactic.py"))),
+    ((MAZE2D,), tuple(name for name, x in ALGORITHMS.items()
+                      if x.script not in ("rlpd_ooo.py", "pointmass_didactic.py") and name != "parity")),
     (LOCOMOTION[1:], ("rlpd_ooo", "rlpd", "rlpd_no_up")),
     (POINTMASS, ("pointmass_didactic",)),
 ]
@@ -177,11 +192,11 @@ def table_time(env_id, algorithm):
             else 1_500_000 if env_id == ANTMAZE else 500_000)
 
 
-def paper(env_id, algorithm):
-    """Flags of a row at the paper's settings."""
+def paper(env_id, algorithm, steps=""):
+    """Flags of a row at the paper's settings; steps: flags of the target."""
     ends = env_id == ANTMAZE and algorithm == "iql" or algorithm in ("calql", "original")
     stop = f"--online-steps {table_time(env_id, algorithm)}" if ends else ""
-    return merged(stop, ALGORITHMS[algorithm].flags)
+    return merged(stop, ALGORITHMS[algorithm].flags, steps)
 
 
 @dataclass
@@ -199,7 +214,7 @@ class Run:
 @dataclass
 class Args:
     target: str
-    """table1 to table3, figure2 to figure14, study, or smoke."""
+    """table1 to table3, figure2 to figure14, study, gates, parity, or smoke."""
     seeds: int = 5
     """Seeds 1, 2, ... of each row."""
     only: tuple[str, ...] = ()
@@ -286,7 +301,7 @@ def add_run(runs, args, extra, algorithm, env_id, seed):
         flags = ["--env-id", env_id, *seeds]
         flags += (merged(SMOKE[what.script], what.flags) if args.target == "smoke"
                   else small(env_id, algorithm) if args.preset == "small" or args.target == "study"
-                  else paper(env_id, algorithm))
+                  else paper(env_id, algorithm, STEPS.get((args.target, env_id), "")))
         flags += ["--scale", f"{args.scale:g}"] if args.scale != 1 else []
         flags += extra
     flags += ["--exp-name", algorithm]
