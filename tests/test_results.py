@@ -59,3 +59,12 @@ def test_the_example_run_is_the_studys_seed_1():
         assert agent.act(np.zeros((3, 4), np.float32)).shape == (3, 2)
         saved = ooo.load_torch(example / f"{policy}_20000.pt", ooo.torch.device("cpu"), config["run_id"])
         assert saved["env_id"] == config["args"]["env_id"]
+
+
+def test_the_table_beside_the_authors_learner(tmp_path, capsys):
+    import tools.parity as parity
+
+    with tarfile.open(ROOT / "results" / "parity.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    parity.main(parity.Args(str(tmp_path / "parity")))
+    assert capsys.readouterr().out in (ROOT / "docs" / "results.md").read_text()
