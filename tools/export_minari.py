@@ -1,8 +1,11 @@
 """Write what a run has collected online as a Minari dataset, to be published or trained on.
 
     python tools/export_minari.py runs/maze2d-missing-data-medium-v1__first_iql_ooo__1 --dataset-id me/explored-v0
-    python iql_ooo.py --env-id maze2d-missing-data-medium-v1 --dataset-id me/explored-v0      # learn from it
-    minari upload me/explored-v0 --key-path KEY.json                                          # publish it
+    python iql_ooo.py --env-id maze2d-missing-data-medium-v1 --dataset-id me/explored-v0 --remove-discs
+    minari upload me/explored-v0 --key-path KEY.json
+
+The second command learns from it; without --remove-discs a maze task would remove the data near its goal. The third
+publishes it.
 
 Runs of iql_ooo.py, td3_rnd.py, pex.py, calql_ooo.py and rlpd_ooo.py. Observations are the task's (D4RL's) vectors,
 float32; actions lie in [-1, 1]; rewards are the task's, raw (hammer: with the package's sign of the palm's distance, as
@@ -13,6 +16,7 @@ in every Minari dataset of it). The dataset goes to the folder that MINARI_DATAS
 import importlib
 import json
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -76,6 +80,7 @@ def main(argv=None):
     if env.task.family == "hammer":  # load_dataset corrects the package's reward
         correction, _ = script.task_reward(env.task, data["next_observations"], np.zeros(len(data["rewards"])))
         data["rewards"] = data["rewards"] - correction
+    warnings.simplefilter("ignore")  # minari's, about an author and a link
     try:
         minari.create_dataset_from_buffers(
             args.dataset_id, list(episodes_of(data)), env=env.unwrapped.spec,
