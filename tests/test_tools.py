@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 
 from tools import plot_run, pointmass_chain
 
@@ -24,7 +25,7 @@ def no_data(tmp_path, monkeypatch):
 
 def texts(figure):
     """All that is written in a figure."""
-    return "\n".join(t.get_text() for t in figure.findobj(plot_run.matplotlib.text.Text))
+    return "\n".join(t.get_text() for t in figure.findobj(Text))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

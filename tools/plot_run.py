@@ -77,21 +77,31 @@ def open_run(folder):
         metrics, episodes = read_records(path / "metrics.jsonl"), path / "evals.jsonl"
         places = [(record["phase"], record["env_step"], record["grad_step"]) for record in metrics]
         script, errors = importlib.import_module(config["script"]), {}
+        far = any("eval/far_success_rate" in record for record in metrics)  # a maze: the measure of the tables
+        for record in metrics:
+            if "eval/normalized_score" in record:
+                record["drawn"] = 100 * record.get("eval/far_success_rate", np.nan) if far else (
+                    record["eval/normalized_score"])
         if config["script"] != "pointmass_didactic":
             for record in read_records(episodes) if episodes.exists() else ():
-                scores = [episode_score(script, args.env_id, episode) for episode in record["episodes"]]
+                scores = [episode_score(script, args.env_id, episode, far) for episode in record["episodes"]]
+                scores = [score for score in scores if score is not None] or [np.nan]
                 errors[record["phase"], record["env_step"], record["grad_step"]] = np.std(scores) / len(scores) ** 0.5
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         fail(f"{folder} is not a readable run ({type(error).__name__}: {error}); give the folder of a run")
     if not places or not any("eval/success_rate" in record for record in metrics):
         fail(f"{folder} has no evaluation in metrics.jsonl yet; nothing to draw")
     return SimpleNamespace(path=path, script=script, args=args, config=config, metrics=metrics, errors=errors,
-                           baseline=config["script"] in BASELINES)
+                           baseline=config["script"] in BASELINES,
+                           measure="success from far starts, %" if far else "normalised score")
 
 
 # === what this takes from the scripts ===
-def episode_score(script, env_id, episode):
+def episode_score(script, env_id, episode, far):
+    """What is drawn of an episode; far: success, None from a near start."""
     key, low, high = script.TASKS[env_id].score
+    if far:
+        return 100 * episode["success"] if episode["start_distance"] > script.TASKS[env_id].far else None
     return 100 * (episode[key] - low) / (high - low)
 
 
@@ -121,21 +131,21 @@ def roll_out(run, env, file, episodes):
 
 # === curves ===
 def evaluations(run, *phases, env_step=None):
-    """Evaluations of some phases: x (n,), normalised score (n,), its standard error (n,). x: environment steps, before
+    """Evaluations of some phases: x (n,), what is drawn (n,), its standard error (n,). x: environment steps, before
     0 for pretraining; gradient steps for retraining."""
     rows = []
     for record in run.metrics:
         phase, t, step = record["phase"], record["env_step"], record["grad_step"]
-        if phase in phases and "eval/normalized_score" in record and env_step in (None, t):
+        if phase in phases and "drawn" in record and env_step in (None, t):
             x = {"pretrain": step - run.args.offline_steps, "online": t, "retrain": step}[phase]
-            rows.append((x, record["eval/normalized_score"], run.errors.get((phase, t, step), 0.0)))
+            rows.append((x, record["drawn"], run.errors.get((phase, t, step), 0.0)))
     return np.array(rows, float).reshape(-1, 3).T
 
 
 def exploitation(run):
-    """{t: normalised score of the exploitation policy at the end of its retraining}."""
-    evaluated = [r for r in run.metrics if r["phase"] == "retrain" and "eval/normalized_score" in r]
-    return {r["env_step"]: r["eval/normalized_score"] for r in evaluated}  # the last one of each t stays
+    """{t: what is drawn of the exploitation policy at the end of its retraining}."""
+    evaluated = [r for r in run.metrics if r["phase"] == "retrain" and "drawn" in r]
+    return {r["env_step"]: r["drawn"] for r in evaluated}  # the last one of each t stays
 
 
 def explorer_of(run):
@@ -158,11 +168,11 @@ def draw_mean(ax, lines, color, **style):
         ax.plot(common, [np.mean([line[x] for line in lines]) for x in common], color=color, linewidth=2, **style)
 
 
-def score_axis(ax):
+def score_axis(ax, measure):
     """At least ten points high, so that noise around a constant score does not look like learning."""
     low, high = ax.get_ylim()
     margin = max(0.0, 10 - (high - low)) / 2
-    ax.set(ylim=(low - margin, high + margin), ylabel="normalised score")
+    ax.set(ylim=(low - margin, high + margin), ylabel=measure)
 
 
 def steps_axis(ax, label, title):
@@ -186,7 +196,7 @@ def draw_exploration(ax, run, explorer):
         label = "exploitation policy, retrained at t" if t == min(ends) else None
         ax.plot(t, score, "*", markersize=13, color=colors[t], markeredgecolor="white", label=label, zorder=3)
     steps_axis(ax, "environment steps (before 0: gradient steps)", "Learning" if run.baseline else "Exploration")
-    score_axis(ax)
+    score_axis(ax, run.measure)
     ax.legend(loc="best")
 
 
@@ -204,7 +214,7 @@ def draw_exploitation(ax, run, explorer):
     if at:
         ax.plot([], [], "--", color="0.5", linewidth=1, label="exploration policy at t")
     steps_axis(ax, "gradient steps of the retraining", "Exploitation")
-    score_axis(ax)
+    score_axis(ax, run.measure)
     ax.legend(loc="best") if colors else ax.text(0.5, 0.5, "no retraining yet", transform=ax.transAxes, ha="center")
 
 
@@ -214,7 +224,7 @@ def draw_intrinsic(ax, explorer):
     for key, style in (("mean", "-"), ("scaled_mean", "--"), ("std", ":")):
         x, y = [r["env_step"] for r in rows], [r[f"rnd/online_{key}"] for r in rows]
         ax.plot(x, y, style, color=EXPLORE, linewidth=1.4, label=key.replace("_", " "))
-    ax.set_yscale("log")
+    ax.set(yscale="log", ylabel="intrinsic reward")
     steps_axis(ax, "environment steps", "Intrinsic reward, last 1000 online steps")
     ax.legend(loc="best")
 
@@ -302,7 +312,7 @@ def draw_policy(ax, run, maze, file, name, episodes):
         color = REACHED if episode["success"] else MISSED
         ax.plot(*episode["path"].T, color=color, linewidth=0.9, alpha=0.8, rasterized=True)
         ax.plot(*episode["path"][0], "o", color="black", markersize=2.5)
-    score = np.mean([episode_score(run.script, run.args.env_id, episode) for episode in results])
+    score = np.mean([episode_score(run.script, run.args.env_id, episode, False) for episode in results])
     success = np.mean([episode["success"] for episode in results])
     ax.set_title(f"{name}\nscore {score:.1f}, success {success:.0%} of {episodes} episodes")
 
@@ -417,9 +427,10 @@ def figure_of_runs(runs):
             draw_group(curves, ends, group, colors[name], position, len(here))
         curves.axvline(0, color="0.6", linewidth=0.8)
         steps_axis(curves, "environment steps (before 0: gradient steps of pretraining)", env_id)
-        score_axis(curves)
+        score_axis(curves, next(run.measure for run in runs if run.args.env_id == env_id))
         ends.set(xlim=(-0.6, len(here) - 0.4), title="at the end")
-        ends.set_xticks(range(len(here)), here, rotation=20 if len(here) > 2 else 0)
+        aslant = dict(rotation=20, ha="right") if len(here) > 2 else {}
+        ends.set_xticks(range(len(here)), here, **aslant)
         ends.grid(axis="x", visible=False)
     keys = []
     for name in names:
@@ -453,7 +464,13 @@ def main(argv=None):
         fail("give the folder of a run: python tools/plot_run.py RUN_DIR")
     if len(args.run_dirs) > 1 and not args.out:
         fail("several runs go into one figure: say where with --out FILE")
-    runs = [open_run(os.path.expanduser(folder)) for folder in args.run_dirs]
+    folders = [os.path.expanduser(folder) for folder in args.run_dirs]
+    if len(folders) > 1:  # runs/* has logs and pictures too
+        folders = [folder for folder in folders if os.path.exists(os.path.join(folder, "config.json"))]
+        print(f"{len(folders)} runs, {len(args.run_dirs) - len(folders)} others passed over")
+    if not folders:
+        fail("none of these is the folder of a run")
+    runs = [open_run(folder) for folder in folders]
     point_mass = [run for run in runs if run.config["script"] == "pointmass_didactic"]
     if point_mass and len(runs) > 1:
         fail(f"{point_mass[0].path}: a run of the point mass is drawn alone; give the others without it")
