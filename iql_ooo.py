@@ -1142,7 +1142,8 @@ def check_columns(source, env, columns):
     for name, value in columns.items():
         shape = (len(columns["rewards"]), *widths.get(name, ()))
         if value.shape != shape:
-            fail(f"{source}: {name} have shape {value.shape}, not {shape}; give a dataset of this task")
+            fail(f"{source}: {name} have shape {value.shape}, and {shape} is this task's, with "
+                 f"{len(columns['rewards'])} rewards")
         if not np.isfinite(value).all():
             row = np.argwhere(~np.isfinite(value))[0, 0]
             fail(f"{source}: NaN or infinity in {name}, first in row {row}; remove it")
@@ -1171,7 +1172,7 @@ def open_minari(dataset_id):
                 with redirect_stderr(io.StringIO()):
                     minari.download_dataset(dataset_id, force_download=True)
             except Exception as remote:
-                raise ValueError(f"{local}; and no download: {remote}") from None
+                raise ValueError(f"{str(local).partition(' Use download')[0]} Download: {remote}") from None
         return minari.load_dataset(dataset_id)
 
 
@@ -1187,7 +1188,7 @@ def read_minari(args, env, dataset_ids):
             dataset = open_minari(dataset_id)
             made_in = dataset.spec.env_spec and dataset.spec.env_spec.id  # other goals or a dense reward do no harm
             if made_in and not re.fullmatch(rf"{task.gym_id.rpartition('-')[0]}(_\w+|Dense)?-v\d+", made_in):
-                raise ValueError(f"it is of {made_in}")
+                fail(f"dataset {dataset_id} is of {made_in}, not of {task.gym_id}; give another --dataset-id")
             taken, here = 0, set()
             for episode in dataset.iterate_episodes():
                 here.add(digest := hashlib.sha256(np.ascontiguousarray(episode.actions)).digest())
@@ -1208,7 +1209,7 @@ def read_minari(args, env, dataset_ids):
         except Exception as error:  # the store, the server, the id and the file can be wrong in many ways
             fail(f"dataset {spec} cannot be used for {task.gym_id} ({type(error).__name__}: {error}); run `minari "
                  f"download {dataset_id}` where there is a network and set MINARI_DATASETS_PATH, or give --dataset-id "
-                 "or --dataset-path; or type `make run`, which makes its own small data")
+                 "or --dataset-path; mazes: tools/collect_pointmaze.py makes data")
     if not episodes:
         fail(f"no episode in {' '.join(dataset_ids)}; give another --dataset-id")
     return {name: np.concatenate([episode[name] for episode in episodes]) for name in episodes[0]}
@@ -1360,11 +1361,11 @@ def parse_args(argv: list[str] | None = None):
         value = getattr(args, name)
         setattr(args, name, min(value, max(5, round(value * args.scale))))
     args.scale = 1.0
+    if source and args.env_id != default.env_id:
+        fail(f"{source} is a run on {default.env_id}; leave --env-id out")
     for wrong, message in invalid_combinations(args):
         if wrong:
             fail(message)
-    if source and args.env_id != default.env_id:
-        fail(f"{source} is a run on {default.env_id}; leave --env-id out")
     return args
 
 
@@ -1397,7 +1398,8 @@ def read_config(run_dir, scripts=(SCRIPT,)):
             config["run_id"], config["source_run_id"], config["dataset"]["sha256"], config["resumed"]
             return config
     except (OSError, ValueError, TypeError, KeyError) as error:
-        fail(f"{path} is not the config of a run of {' or '.join(scripts)} ({type(error).__name__}: {error})")
+        why = str(error).partition("For further")[0]  # pydantic adds a link
+        fail(f"{path} is not the config of a run of {' or '.join(scripts)} ({type(error).__name__}: {why})")
     fail(f"{run_dir} is a run of {config['script']}; give a run of {' or '.join(scripts)}")
 
 

@@ -854,11 +854,11 @@ def parse_args(argv: list[str] | None = None):
         value = getattr(args, name)
         setattr(args, name, min(value, max(5, round(value * args.scale))))
     args.scale = 1.0
+    if source and args.env_id != default.env_id:
+        fail(f"{source} is a run on {default.env_id}; leave --env-id out")
     for wrong, message in invalid_combinations(args):
         if wrong:
             fail(message)
-    if source and args.env_id != default.env_id:
-        fail(f"{source} is a run on {default.env_id}; leave --env-id out")
     return args
 
 
@@ -891,7 +891,8 @@ def read_config(run_dir, scripts=(SCRIPT,)):
             config["run_id"], config["source_run_id"], config["dataset"]["sha256"], config["resumed"]
             return config
     except (OSError, ValueError, TypeError, KeyError) as error:
-        fail(f"{path} is not the config of a run of {' or '.join(scripts)} ({type(error).__name__}: {error})")
+        why = str(error).partition("For further")[0]  # pydantic adds a link
+        fail(f"{path} is not the config of a run of {' or '.join(scripts)} ({type(error).__name__}: {why})")
     fail(f"{run_dir} is a run of {config['script']}; give a run of {' or '.join(scripts)}")
 
 

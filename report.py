@@ -23,7 +23,7 @@ What the numbers are:
  5. Unfinished runs do not count. A double dagger marks settings that are not the paper's, budgets whose share of the
     paper's is not that of t (the scale), and changes on the way; they are listed. What cannot be read is named.
  6. Runs of the study and the small preset, and runs that have no place in the paper's tables, have tables of their own.
-    A copy of a script under another name is an algorithm of its own, with that name.
+    A copy of a script under another name is an algorithm of its own, with that name and its --exp-name.
 """
 
 import base64
@@ -175,14 +175,15 @@ def parsed(script, *argv):
 
 def identify(config):
     """Name in ALGORITHMS of a run, from its settings: of those whose flags it has, the one with most. A changed script
-    under another name is an algorithm of that name."""
+    under another name is an algorithm of that name and --exp-name."""
     script, task = config["script"], ("--env-id", config["args"]["env_id"])
     name, file = Path(shlex.split(config.get("command") or script)[0]).stem, ROOT / f"{script}.py"
     mine = {algorithm: what for algorithm, what in ALGORITHMS.items() if what.script == file.name}
     if not mine:
         return script
     if name != script and config.get("script_sha256") != hashlib.sha256(file.read_bytes()).hexdigest():
-        return name
+        own = config["args"]["exp_name"]
+        return name if own == name else f"{name} {own}"
     usual, best, most = parsed(script, *task)[0], next(iter(mine)), 0
     for name, what in mine.items():
         settings = parsed(script, *task, *merged(what.flags))[0]

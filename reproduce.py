@@ -327,6 +327,17 @@ def load_script(run):
 
 
 # === what report.py and tools/ use too ===
+def script_of(config):
+    """The script that made a run, as a module: a changed copy if it lies beside the project's scripts, else the one
+    that was copied. Exit 2 if that does not know the run's task."""
+    name = Path(shlex.split(config.get("command") or config["script"])[0]).stem
+    sys.path[:] = [str(ROOT), *(path for path in sys.path if path != str(ROOT))]
+    script = importlib.import_module(name if (ROOT / f"{name}.py").exists() else config["script"])
+    if config["args"]["env_id"] not in script.TASKS:
+        fail(f"{script.__name__}.py has no task {config['args']['env_id']}; put its copy {name}.py beside it")
+    return script
+
+
 def fail(message, code=2):
     """Say in one line on stderr what was wrong and what to do, and exit."""
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr)

@@ -13,7 +13,6 @@ in every Minari dataset of it). The dataset goes to the folder that MINARI_DATAS
 ~/.minari/datasets. An existing one is not touched. Its description names the run by its id.
 """
 
-import importlib
 import json
 import sys
 import warnings
@@ -29,7 +28,7 @@ from minari.data_collector import EpisodeBuffer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from reproduce import fail, run_main  # noqa: E402
+from reproduce import fail, run_main, script_of  # noqa: E402
 
 
 @dataclass
@@ -44,7 +43,7 @@ def read_run(path):
     """(config, script as a module, {column: (n,) or (n, dim)}) of a run; exit 2 without online transitions."""
     try:
         config = json.loads((path / "config.json").read_text())
-        script = importlib.import_module(config["script"])
+        script = script_of(config)
         saved = script.read_checkpoint(path, config, script.torch.device("cpu"))
         columns, size = config["replay_columns"], saved["sizes"]["replay.bin"]
         data = (path / "replay.bin").read_bytes()[:size]

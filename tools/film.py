@@ -10,7 +10,6 @@ path so far; other tasks are rendered. For that MUJOCO_GL is set to what works: 
 An episode ends in the film when every policy has succeeded or has no steps left.
 """
 
-import importlib
 import io
 import json
 import math
@@ -26,7 +25,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from reproduce import check_ranges, fail, output_folder, run_main, write_whole  # noqa: E402
+from reproduce import check_ranges, fail, first_line, output_folder, run_main, script_of, write_whole  # noqa: E402
 from tools.plot_run import BASELINES, EXPLOIT, EXPLORE, SCRIPTS, STYLE, draw_maze, plt  # noqa: E402
 
 LIMIT = 2_000_000  # bytes of the GIF
@@ -55,12 +54,13 @@ class Args:
 def open_policies(folder):
     """(script, settings of the run, {title: policy})."""
     try:
-        name = json.loads((folder / "config.json").read_text())["script"]
+        config = json.loads((folder / "config.json").read_text())
+        name = config["script"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         fail(f"{folder} is not a run ({type(error).__name__}: {error}); give the folder of one")
     if name not in SCRIPTS - {"pointmass_didactic"}:
         fail(f"{folder} is a run of {name}, which cannot be filmed")
-    script = importlib.import_module(name)
+    script = script_of(config)
     config = script.read_config(folder)
     args, kind = script.Args(**config["args"]), "policy" if name in BASELINES else "exploitation"
     times = [int(path.stem.split("_")[1]) for path in folder.glob(f"{kind}_*.pt")]
@@ -155,7 +155,12 @@ def film(script, args, policies, episodes):
     task = script.TASKS[args.env_id]
     if not task.goal_cell:
         choose_gl()
-    env = script.make_env(args.env_id, None if task.goal_cell else "rgb_array")
+    try:
+        env = script.make_env(args.env_id, None if task.goal_cell else "rgb_array")
+        env.reset(seed=0)
+        task.goal_cell or env.render()
+    except Exception as error:  # environments lack different things
+        fail(f"{args.env_id} cannot be rendered here ({first_line(error)})")
     stride = 1 if task.goal_cell else math.ceil(task.horizon * episodes / FRAMES)
     seeds = far_starts(script, env, args.seed)
     rolled = [[roll_out(script, env, policy, seed, stride) for policy in policies.values()]

@@ -86,7 +86,7 @@ def train(args, seed):
                 words.append(f"{arm}: {phase} {step:,}")
                 if share > first:
                     left = max(left, (time.time() - began) / (share - first) * (1 - share))
-            line = f"seed {seed}: {', '.join(words)}; about {left / 60:.1f} min left"
+            line = f"seed {seed}: {', '.join(words)}" + (f"; about {left / 60:.1f} min left" if left else "")
             start, end = ("\r", "") if sys.stdout.isatty() else ("", "\n")
             print(f"{start}{line:<100}", end=end, flush=True)
     except KeyboardInterrupt:

@@ -38,7 +38,7 @@ from matplotlib.ticker import EngFormatter
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from reproduce import ALGORITHMS, check_ranges, fail, output_folder, read_records, run_main, write_whole  # noqa: E402
+from reproduce import ALGORITHMS, check_ranges, fail, output_folder, read_records, run_main, script_of, write_whole  # noqa: E402
 
 SCRIPTS = {Path(algorithm.script).stem for algorithm in ALGORITHMS.values()}
 BASELINES = {"td3_rnd", "pex"}  # one policy, no retraining
@@ -76,7 +76,7 @@ def open_run(folder):
         args = SimpleNamespace(**ABSENT | config["args"])
         metrics, episodes = read_records(path / "metrics.jsonl"), path / "evals.jsonl"
         places = [(record["phase"], record["env_step"], record["grad_step"]) for record in metrics]
-        script, errors = importlib.import_module(config["script"]), {}
+        script, errors = script_of(config), {}
         far = any("eval/far_success_rate" in record for record in metrics)  # a maze: the measure of the tables
         for record in metrics:
             if "eval/normalized_score" in record:
