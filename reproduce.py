@@ -77,6 +77,7 @@ ALGORITHMS = {
     "iql_equal_updates": Algorithm("iql_ooo.py", f"{NO_BONUS} --retrain-at --updates-per-step 3"),
     "offline_only": Algorithm("iql_ooo.py", "--offline-steps 0 --online-steps 0 --retrain-at 0"),
     "parity": Algorithm("iql_ooo.py", f"{NO_BONUS} --online-steps 0 --retrain-at"),
+    "no_bootstrap": Algorithm("iql_ooo.py", f"{NO_BONUS} --online-steps 0 --retrain-at --no-bootstrap-at-cut"),
     "td3_rnd": Algorithm("td3_rnd.py"),
     "pex": Algorithm("pex.py"),
     "calql_ooo": Algorithm("calql_ooo.py"),
@@ -124,13 +125,13 @@ TARGETS = {
     "study": [((MEDIUM,), (*TWO_BY_TWO, "frozen_rnd", "no_bounds", "no_up", "iql_equal_updates")),
               ((UMAZE,), TWO_BY_TWO)],
     "gates": [(GATES, ("offline_only",))],
-    "parity": [(GATES, ("parity",))],
+    "parity": [(GATES, ("parity",)), (GATES[1:], ("no_bootstrap",))],
 }
 TARGETS |= {"figure8": TARGETS["table1"], "figure9": TARGETS["table2"], "figure10": TARGETS["table3"]}
 # Everything at tiny scale: one task each, so that it ends within minutes.
 TARGETS["smoke"] = [
-    ((MAZE2D,), tuple(name for name, x in ALGORITHMS.items()
-                      if x.script not in ("rlpd_ooo.py", "pointmass_didactic.py") and name != "parity")),
+    ((MAZE2D,), tuple(name for name, x in ALGORITHMS.items() if name not in ("parity", "no_bootstrap")
+                      and x.script not in ("rlpd_ooo.py", "pointmass_didactic.py"))),
     (LOCOMOTION[1:], ("rlpd_ooo", "rlpd", "rlpd_no_up")),
     (POINTMASS, ("pointmass_didactic",)),
 ]

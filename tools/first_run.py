@@ -16,6 +16,7 @@ If only the retraining mattered, both on the right would be good; if only the bo
 import json
 import subprocess
 import sys
+import tarfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,18 +111,32 @@ def summaries(args):
     return results
 
 
+def study():
+    """({name of a policy: mean success from far starts}, number of seeds) of the study's packed records."""
+    found, arms = {}, {"iql": "iql_retrained", "iql_ooo": "iql_ooo"}
+    with tarfile.open(ROOT / "results" / "study_a.tar.xz") as archive:
+        for member in archive:
+            if member.name.endswith("results.json"):
+                results = json.loads(archive.extractfile(member).read())
+                for name, (arm, policy) in POLICIES.items():
+                    if results["exp_name"] == arms[arm]:
+                        found.setdefault(name, []).append(results["rows"][-1][policy]["eval/far_success_rate"])
+    return {name: np.mean(rates) for name, rates in found.items()}, len(found["IQL"])
+
+
 def verdict(args, results):
     """What was seen, in numbers and in words."""
     n, episodes = len(args.seeds), results["IQL"][0]["eval/episodes"]
     print(f"seed{'s' * (n > 1)} {' '.join(map(str, args.seeds))}, {episodes} episodes of each policy on fresh starts\n"
           "far: a start of more than two cells from the goal\n")
-    print(f"{'':24}{'far starts':>12}{'all starts':>12}{'score':>8}")
+    before, seeds_before = study()
+    print(f"{'':24}{'far starts':>12}{'all starts':>12}{'score':>8}   far starts, the study's {seeds_before} seeds")
     far = {}
     for name, seeds in results.items():
         far[name], everywhere, score = (np.mean([s[f"eval/{key}"] for s in seeds]) for key in (
             "far_success_rate", "success_rate", "normalized_score"))
-        each = "  " + " ".join(f"{s['eval/far_success_rate']:.0%}" for s in seeds) if n > 1 else ""
-        print(f"{name:24}{far[name]:>12.0%}{everywhere:>12.0%}{score:>8.1f}{each}")
+        each = "  seed by seed: " + " ".join(f"{s['eval/far_success_rate']:.0%}" for s in seeds) if n > 1 else ""
+        print(f"{name:24}{far[name]:>12.0%}{everywhere:>12.0%}{score:>8.1f}{before[name]:>13.0%}{each}")
     ooo, explorer, retrained = far["OOO (IQL)"], far["IQL + RND"], far["IQL's data, retrained"]
     bonus, retraining = ooo > retrained, ooo > explorer
     seen = {
@@ -130,7 +145,8 @@ def verdict(args, results):
         (True, False): "OOO was ahead of IQL's data, retrained, not of its explorer: only the bonus helped.",
         (False, False): "OOO was ahead of neither its explorer nor of IQL's data, retrained.",
     }[bonus, retraining]
-    print(f"\nFrom far starts {seen} {n} seed{'s say' if n > 1 else ' says'} little: docs/results.md has more.\n")
+    print(f"\nHere, from far starts, {seen} {n} seed{'s say' if n > 1 else ' says'} little; the last column has the "
+          f"means of the study ({seeds_before} seeds, the same settings, docs/results.md).\n")
 
 
 def picture(args, results):

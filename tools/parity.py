@@ -41,10 +41,10 @@ class Args:
     """Folder of the runs of `reproduce.py parity`."""
 
 
-def ours(runs_dir):
-    """{(task, update, metric): the values of seeds 1, 2, ...}"""
+def ours(runs_dir, name="parity"):
+    """{(task, update, metric): the values of seeds 1, 2, ...} of the runs of a name."""
     found = {}
-    for path in sorted(path.parent for path in Path(runs_dir).glob("*__parity__*/config.json")):
+    for path in sorted(path.parent for path in Path(runs_dir).glob(f"*__{name}__*/config.json")):
         config = json.loads((path / "config.json").read_text())
         for record in read_records(path / "metrics.jsonl"):
             for metric in (SUCCESS, Q, LOSS):
@@ -70,6 +70,14 @@ def main(args):
         digits = {SUCCESS: 0, Q: 1, LOSS: 3}[metric]
         values = [factor * value for value in found.get((task, step, metric), ())]
         print(f"| {task} | {step:,} | {name} | {show(theirs, digits)} | {show(values, digits) if values else ''} |")
+    ended = ours(args.runs_dir, "no_bootstrap")
+    print("\n| hammer, success in %, of each seed | 4,000 updates | 8,000 | 12,000 | mean Q at 12,000 |")
+    print("|---|---|---|---|---|")
+    for name, values in (("as the official code", found), ("no bootstrap at the cut", ended)):
+        cells = [values.get((HAMMER, step, SUCCESS), ()) for step in (4_000, 8_000, 12_000)]
+        cells = [show([100 * value for value in cell], 0) if cell else "" for cell in cells]
+        cells.append(show(values[HAMMER, 12_000, Q], 1) if (HAMMER, 12_000, Q) in values else "")
+        print(f"| {name} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
