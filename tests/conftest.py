@@ -16,13 +16,7 @@ def pytest_addoption(parser):
     parser.addoption("--runslow", action="store_true", help="also run tests marked slow")
 
 
-OUTDATED = set((ROOT / "tests" / "outdated.txt").read_text().split("\n"))
-
-
 def pytest_collection_modifyitems(config, items):
-    for item in items:
-        if item.nodeid in OUTDATED:
-            item.add_marker(pytest.mark.skip(reason="not adapted, or not seen to pass: tests/outdated.txt"))
     if not config.getoption("--runslow"):
         for item in items:
             if "slow" in item.keywords:
