@@ -283,11 +283,12 @@ COMPILE_PAYS = INF  # updates from which on --compile auto is on: what it gains 
 
 
 def count_updates(args):
-    return args.offline_steps + args.online_steps + len(args.retrain_at) * args.retrain_steps
+    retraining = len(args.retrain_at) * args.retrain_steps
+    return retraining + (0 if args.exploit_only else args.offline_steps + args.online_steps)
 
 
 def invalid_combinations(args):
-    """(is wrong, message) pairs for what no single setting shows."""
+    """(condition, message): settings that are valid alone but not together."""
     last = max(args.retrain_at, default=0)
     return (
         (list(args.retrain_at) != sorted(set(args.retrain_at)), "--retrain-at must rise"),
@@ -963,7 +964,7 @@ def recent_intrinsic_reward(args, buffer, rnd):
 def main(args):
     if args.eval_only:
         return evaluate_saved(args, ("exploitation", "exploration"))
-    # Build, and go back to the last checkpoint; nothing is written before all of it has worked.
+    # Build and restore. Nothing is written before run.begin().
     run = Run(args, grad_step=0, env_step=0, episode=0, retrain_step=0, peak_q=None, bound_rows=0, scores={},
               diverged={})
     if run.finished:
@@ -1012,8 +1013,8 @@ def load_policy(path: str | Path) -> Agent:
 
 
 # Below is plumbing: evaluation, replay, environments, data, command line, run directory. Nothing of the method.
-# It needs from above: SCRIPT, TASKS, Args, BUDGETS, COMPILE_PAYS, count_updates, invalid_combinations, load_policy.
-# For a new algorithm, edit what is above and leave this part as it is; a new task is a row of TASKS
+# It needs from above: SCRIPT, Task, TASKS, Args, BUDGETS, COMPILE_PAYS, count_updates, invalid_combinations and
+# load_policy. For a new algorithm, edit what is above and leave this part as it is; a new task is a row of TASKS
 # (docs/extending.md).
 
 
@@ -1458,7 +1459,7 @@ def load_dataset(args, env: TaskEnv, seed: int) -> tuple[dict[str, np.ndarray], 
     report, rows = {"source": npz or " + ".join(dataset_ids), "transitions_read": n}, np.arange(n)
     # --- Rewards and terminations of the task; an .npz of D4RL has D4RL's dense rewards ---
     if npz and task.family in ("kitchen", "hammer"):
-        success = data["rewards"] >= (4 if task.family == "kitchen" else 50)
+        success = data["rewards"] == 4 if task.family == "kitchen" else data["rewards"] > 50
     else:
         goal = env.center if task.family != "antmaze" else env.center + ANTMAZE_DATA_GOAL_OFFSET
         rewards, success = task_reward(task, data["next_observations"], data["rewards"].astype(np.float64), goal)
@@ -1516,7 +1517,7 @@ def load_dataset(args, env: TaskEnv, seed: int) -> tuple[dict[str, np.ndarray], 
 # Settings of a process, not of its run: not taken over from another run, and free to change on --resume.
 PROCESS_SETTINGS = ("resume", "track", "wandb_project", "wandb_mode", "runs_dir", "video", "device", "torch_threads",
                     "compile")
-# May change on --resume: no number depends on them (on the data's and the source run's identity one does).
+# May change on --resume: results differ by rounding at most. Moved data or source runs must be the same ones.
 MAY_CHANGE = (*PROCESS_SETTINGS, "log_every", "checkpoint_every", "dataset_path", "exploit_only", "init_from")
 
 
@@ -1622,7 +1623,7 @@ def setup_torch(args):
         device = torch.device(auto if args.device == "auto" else args.device)
         torch.zeros(1, device=device).item()
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # the one that is seeded
+            torch.cuda.set_device(device.index or 0)  # the one that is seeded
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {args.device}: {str(error).splitlines()[0]}")
     if args.cudagraphs and device.type != "cuda":

@@ -23,14 +23,14 @@ Algorithm 1. IQL: arXiv 2110.06169. RND: arXiv 1810.12894.
     python iql_ooo.py --env-id pen-binary-v0 --offline-steps 0 --online-steps 0 --retrain-at 0 --exp-name offline_only
     python iql_ooo.py --env-id pen-binary-v0 --intrinsic-reward-scale 0 --updates-per-step 3 --exp-name equal_updates
 
-Paper and official code differ. The paper is followed where it is explicit, else the code. Exceptions are 4 to 6:
-the published coefficients were tuned with the code's form. "# choice N" marks where a choice acts.
+Paper and official code differ. The paper is followed where it is explicit, else the code. Exceptions are 1 and 4 to 6:
+the published coefficients were tuned with the code's form. "# choice N" marks where most of them act.
  1. We multiply by the temperature, as the code does. Eq. 3 divides by beta, which does not fit Table 4's values.
  2. Hammer: expectile 0.8 and dropout 0 in both phases (Table 4, B.4). The code: 0.7 / 0, retraining 0.8 / 0.1.
     log_std_min is -2 in exploration and -5 in retraining (code). Kitchen is not in Table 4: the code's values.
  3. Retraining clips Q targets to [least, largest] reward of its data / (1 - gamma) (code; --no-retrain-q-bounds), but
-    not with --retrain-frozen-rnd, whose bonus would be cut off. Exploration clips on binary Adroit only, to rewards of
-    [-1, 5] (code; --q-reward-bounds).
+    not with --retrain-frozen-rnd: V is fitted to clipped Q, so the bonus of later steps would be cut off. Exploration
+    clips on binary Adroit only, to rewards of [-1, 5] (code; --q-reward-bounds).
  4. The intrinsic reward of s' is the largest squared feature error (code). --rnd-reward l2: the paper's squared norm.
  5. RND has layers (512, 512), the last one linear (code). --rnd-hidden-dims 512 512 512 is the paper's wording.
  6. RND's reward statistic is updated with normalised rewards (code). --rnd-normalizer paper: with the raw errors.
@@ -96,8 +96,8 @@ class Task(NamedTuple):
     far: int = 2  # mazes: a start of more cells than this from the goal is far
 
 
-# Settings are the official IQL configs' (Table 4 where it speaks). Adroit data: 90% of 25 demonstrations and of 500
-# rollouts of their clone, in file order. Kitchen: noise 0.1 is D4RL's, the reward counts completed tasks.
+# Settings are the official IQL configs' (Table 4 where it speaks). Adroit data: 90%, rounded down, of 25 demonstrations
+# and of 500 rollouts of their clone, in file order. Kitchen: noise 0.1 is D4RL's, the reward counts completed tasks.
 def adroit(name, horizon):
     return Task(
         name, f"AdroitHand{name.title()}-v1", horizon, (f"D4RL/{name}/human-v2:22", f"D4RL/{name}/cloned-v2:450"), {},
@@ -143,7 +143,7 @@ TASKS = {
     "hammer-truncated-expert-v1": Task(
         "hammer", "AdroitHandHammer-v1", 200, ("D4RL/hammer/expert-v2",), {},
         dict(offline_steps=50_000, truncate_episodes=20, expectile=0.8, log_std_min=-2.0, retrain_log_std_min=-5.0,
-             upsample_reward=25.0),
+             upsample_reward=25.0),  # choice 2
         ("return", -274.856578, 12794.134825156867)),
     # Not of the paper: small mazes to try things on, with D4RL's goals, horizons and score ranges.
     "maze2d-missing-data-umaze-v1": maze2d(
@@ -183,7 +183,7 @@ class Args:
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of the updates; auto: where it saves time and works
     cudagraphs: bool = False  # replay the updates as CUDA graphs (cuda only)
     resume: bool = False  # continue the run of the same name from its last checkpoint
-    eval_only: str = ""  # RUN_DIR of a run: evaluate its last exploitation policy, train nothing
+    eval_only: str = ""  # RUN_DIR: evaluate its last exploitation (else exploration) policy, train nothing
     exploit_only: str = ""  # RUN_DIR of a finished run: repeat its retrainings with other settings, as a new run
     video: bool = False  # with --eval-only: also record three episodes as mp4 (MUJOCO_GL=osmesa or egl: no display)
     # --- task and data ---
@@ -214,7 +214,7 @@ class Args:
     gamma: Share = 0.99  # discount
     tau: Rate = 0.005  # Polyak rate of the target critic, per gradient step
     hidden_dims: tuple[Width, ...] = (256, 256)  # hidden layers of actor, critic and value
-    expectile: Inside = 0.7  # IQL's tau in (0.5, 1): closer to 1 means closer to a max over actions
+    expectile: Inside = 0.7  # IQL's tau, usually 0.5 or more: closer to 1 means closer to a max over actions
     temperature: Positive = 3.0  # multiplies the advantage in exp(temperature * A); the paper's beta (Table 4)
     dropout: Share = 0.0  # dropout rate of the actor's hidden layers, in the actor loss only
     log_std_min: LogStd = -5.0  # lower clip of the policy's log standard deviation (upper: 2)
@@ -251,11 +251,12 @@ COMPILE_PAYS = 20_000  # updates from which on --compile auto is on
 
 
 def count_updates(args):
-    return args.offline_steps + args.online_steps * args.updates_per_step + len(args.retrain_at) * args.retrain_steps
+    retraining = len(args.retrain_at) * args.retrain_steps
+    return retraining + (0 if args.exploit_only else args.offline_steps + args.online_steps * args.updates_per_step)
 
 
 def invalid_combinations(args):
-    """(is wrong, message) pairs for what no single setting shows."""
+    """(condition, message): settings that are valid alone but not together."""
     last = max(args.retrain_at, default=0)
     return (
         (list(args.retrain_at) != sorted(set(args.retrain_at)), "--retrain-at must rise"),
@@ -264,6 +265,8 @@ def invalid_combinations(args):
         (args.q_reward_bounds and args.q_reward_bounds[0] > args.q_reward_bounds[1], "--q-reward-bounds must rise"),
         (args.retrain_frozen_rnd and not args.intrinsic_reward_scale,
          "--retrain-frozen-rnd needs a run with RND: --intrinsic-reward-scale above 0"),
+        (args.retrain_frozen_rnd and 0 in args.retrain_at and not args.offline_steps and not args.exploit_only,
+         "--retrain-frozen-rnd at t = 0 needs pretraining: --offline-steps above 0"),
         (args.sync and (args.retrain_algorithm == "td3" or args.exploit_only),
          "--sync needs an online phase and --retrain-algorithm iql"),
         (args.exploit_only and args.eval_only, "give --exploit-only or --eval-only, not both"),
@@ -526,7 +529,7 @@ def iql_update(agent, batch, bonus=0.0, *, expectile, temperature, gamma, tau, d
     """One IQL update (paper eq. 1 to 3): V, then Q and the policy. batch: observations, actions, rewards, masks,
     next_observations; bonus: scaled intrinsic rewards (batch,), or 0. Returns detached scalars."""
     observations, actions = batch["observations"], batch["actions"]
-    # One pass of the target critic serves V and the policy: both want it as it was before this update's EMA.
+    # One pass of the target critic serves V and the policy: both need it from before this step's target update.
     with torch.no_grad():
         q_target = agent.critic_target(observations, actions)
     # --- V: expectile regression toward the (bounded) target Q ---
@@ -657,9 +660,7 @@ def explore(run, buffer, explorer, rnd, update, env, eval_env, until):
     bar = progress_bar("online", saved, args.online_steps)
     while p["env_step"] < until:
         obs, info = env.reset(seed=derive_seed(args.seed, "training episode", p["episode"]))
-        episode, done = {"return": 0.0, "length": 0, "success": False}, False
-        if "start_distance" in info:
-            episode["start_distance"] = info["start_distance"]
+        episode, done = {"return": 0.0, "length": 0, **info}, False
         while not done and p["env_step"] < args.online_steps:
             run.seed("online", p["env_step"])
             action = explorer.act(obs, sample=True)
@@ -694,7 +695,7 @@ def explore(run, buffer, explorer, rnd, update, env, eval_env, until):
 
 
 def keep_explorer(run, explorer, rnd, eval_env, t):
-    """What the tables and a retraining for t need of the exploration phase."""
+    """Save what the tables and retrain(t) need: scores, policy, RND."""
     final_evaluation(run, eval_env, explorer, f"exploration {t}")
     save_policy(run, explorer, f"exploration_{t}.pt")
     if rnd:
@@ -720,7 +721,7 @@ def retrain(run, buffer, explorer, rnd, eval_env, t):
     run.restore(exploiter=agent)
     data = buffer.first(buffer.offline_size + t)
     rewards = (data["rewards"] + args.reward_bias) * phase_setting(args, "reward_scale", True)
-    # A bonus in the target needs room above the largest reward (choice 3).
+    # Choices 3 and 11: bounds of shifted and scaled rewards of these data; none with a bonus.
     bounds = (rewards.min().item(), rewards.max().item()) if args.retrain_q_bounds and not frozen_rnd else None
     ceiling = value_ceiling(args, data["rewards"], frozen_rnd, exploitation=True)
     update = make_update(args, buffer, agent, bounds, frozen_rnd, exploitation=True)
@@ -778,7 +779,7 @@ def high_reward_rows(args, batch):
 def main(args):
     if args.eval_only:
         return evaluate_saved(args, ("exploitation", "exploration"))
-    # Build, and go back to the last checkpoint; nothing is written before all of it has worked.
+    # Build and restore. Nothing is written before run.begin().
     run = Run(args, grad_step=0, env_step=0, episode=0, retrain_step=0, scores={}, diverged={})
     if run.finished:
         return report(run)
@@ -824,8 +825,8 @@ def load_policy(path: str | Path) -> Agent:
 
 
 # Below is plumbing: evaluation, replay, environments, data, command line, run directory. Nothing of the method.
-# It needs from above: SCRIPT, TASKS, Args, BUDGETS, COMPILE_PAYS, count_updates, invalid_combinations, load_policy.
-# For a new algorithm, edit what is above and leave this part as it is; a new task is a row of TASKS
+# It needs from above: SCRIPT, Task, TASKS, Args, BUDGETS, COMPILE_PAYS, count_updates, invalid_combinations and
+# load_policy. For a new algorithm, edit what is above and leave this part as it is; a new task is a row of TASKS
 # (docs/extending.md).
 
 
@@ -1270,7 +1271,7 @@ def load_dataset(args, env: TaskEnv, seed: int) -> tuple[dict[str, np.ndarray], 
     report, rows = {"source": npz or " + ".join(dataset_ids), "transitions_read": n}, np.arange(n)
     # --- Rewards and terminations of the task; an .npz of D4RL has D4RL's dense rewards ---
     if npz and task.family in ("kitchen", "hammer"):
-        success = data["rewards"] >= (4 if task.family == "kitchen" else 50)
+        success = data["rewards"] == 4 if task.family == "kitchen" else data["rewards"] > 50
     else:
         goal = env.center if task.family != "antmaze" else env.center + ANTMAZE_DATA_GOAL_OFFSET
         rewards, success = task_reward(task, data["next_observations"], data["rewards"].astype(np.float64), goal)
@@ -1328,7 +1329,7 @@ def load_dataset(args, env: TaskEnv, seed: int) -> tuple[dict[str, np.ndarray], 
 # Settings of a process, not of its run: not taken over from another run, and free to change on --resume.
 PROCESS_SETTINGS = ("resume", "track", "wandb_project", "wandb_mode", "runs_dir", "video", "device", "torch_threads",
                     "compile")
-# May change on --resume: no number depends on them (on the data's and the source run's identity one does).
+# May change on --resume: results differ by rounding at most. Moved data or source runs must be the same ones.
 MAY_CHANGE = (*PROCESS_SETTINGS, "log_every", "checkpoint_every", "dataset_path", "exploit_only", "init_from")
 
 
@@ -1434,7 +1435,7 @@ def setup_torch(args):
         device = torch.device(auto if args.device == "auto" else args.device)
         torch.zeros(1, device=device).item()
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # the one that is seeded
+            torch.cuda.set_device(device.index or 0)  # the one that is seeded
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {args.device}: {str(error).splitlines()[0]}")
     if args.cudagraphs and device.type != "cuda":

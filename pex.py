@@ -230,7 +230,7 @@ def count_updates(args):
 
 
 def invalid_combinations(args):
-    """(is wrong, message) pairs for what no single setting shows."""
+    """(condition, message): settings that are valid alone but not together."""
     last = max(args.save_at, default=0)
     return (
         (list(args.save_at) != sorted(set(args.save_at)), "--save-at must rise"),
@@ -463,7 +463,7 @@ def iql_update(agent, batch, bonus=0.0, *, expectile, temperature, gamma, tau, d
     """One IQL update (paper eq. 1 to 3): V, then Q and the policy. batch: observations, actions, rewards, masks,
     next_observations; bonus: scaled intrinsic rewards (batch,), or 0. Returns detached scalars."""
     observations, actions = batch["observations"], batch["actions"]
-    # One pass of the target critic serves V and the policy: both want it as it was before this update's EMA.
+    # One pass of the target critic serves V and the policy: both need it from before this step's target update.
     with torch.no_grad():
         q_target = agent.critic_target(observations, actions)
     # --- V: expectile regression toward the (bounded) target Q ---
@@ -579,9 +579,7 @@ def train(run, buffer, agent, env, eval_env):
     bar = progress_bar("online", p["env_step"], args.online_steps)
     while p["env_step"] < args.online_steps:
         obs, info = env.reset(seed=derive_seed(args.seed, "training episode", p["episode"]))
-        episode, done = {"return": 0.0, "length": 0, "success": False}, False
-        if "start_distance" in info:
-            episode["start_distance"] = info["start_distance"]
+        episode, done = {"return": 0.0, "length": 0, **info}, False
         while not done and p["env_step"] < args.online_steps:
             run.seed("online", p["env_step"])
             action = agent.act(obs, sample=True)
@@ -650,7 +648,7 @@ def read_source(run):
 def main(args):
     if args.eval_only:
         return evaluate_saved(args, ("policy",))
-    # Build, and go back to the last checkpoint; nothing is written before all of it has worked.
+    # Build and restore. Nothing is written before run.begin().
     run = Run(args, grad_step=0, env_step=0, episode=0, scores={}, diverged={})
     if run.finished:
         return report(run)
@@ -702,8 +700,8 @@ def load_policy(path: str | Path) -> Agent | PEXAgent:
 
 
 # Below is plumbing: evaluation, replay, environments, data, command line, run directory. Nothing of the method.
-# It needs from above: SCRIPT, TASKS, Args, BUDGETS, COMPILE_PAYS, count_updates, invalid_combinations, load_policy.
-# For a new algorithm, edit what is above and leave this part as it is; a new task is a row of TASKS
+# It needs from above: SCRIPT, Task, TASKS, Args, BUDGETS, COMPILE_PAYS, count_updates, invalid_combinations and
+# load_policy. For a new algorithm, edit what is above and leave this part as it is; a new task is a row of TASKS
 # (docs/extending.md).
 
 
@@ -1148,7 +1146,7 @@ def load_dataset(args, env: TaskEnv, seed: int) -> tuple[dict[str, np.ndarray], 
     report, rows = {"source": npz or " + ".join(dataset_ids), "transitions_read": n}, np.arange(n)
     # --- Rewards and terminations of the task; an .npz of D4RL has D4RL's dense rewards ---
     if npz and task.family in ("kitchen", "hammer"):
-        success = data["rewards"] >= (4 if task.family == "kitchen" else 50)
+        success = data["rewards"] == 4 if task.family == "kitchen" else data["rewards"] > 50
     else:
         goal = env.center if task.family != "antmaze" else env.center + ANTMAZE_DATA_GOAL_OFFSET
         rewards, success = task_reward(task, data["next_observations"], data["rewards"].astype(np.float64), goal)
@@ -1206,7 +1204,7 @@ def load_dataset(args, env: TaskEnv, seed: int) -> tuple[dict[str, np.ndarray], 
 # Settings of a process, not of its run: not taken over from another run, and free to change on --resume.
 PROCESS_SETTINGS = ("resume", "track", "wandb_project", "wandb_mode", "runs_dir", "video", "device", "torch_threads",
                     "compile")
-# May change on --resume: no number depends on them (on the data's and the source run's identity one does).
+# May change on --resume: results differ by rounding at most. Moved data or source runs must be the same ones.
 MAY_CHANGE = (*PROCESS_SETTINGS, "log_every", "checkpoint_every", "dataset_path", "exploit_only", "init_from")
 
 
@@ -1312,7 +1310,7 @@ def setup_torch(args):
         device = torch.device(auto if args.device == "auto" else args.device)
         torch.zeros(1, device=device).item()
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # the one that is seeded
+            torch.cuda.set_device(device.index or 0)  # the one that is seeded
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {args.device}: {str(error).splitlines()[0]}")
     if args.cudagraphs and device.type != "cuda":

@@ -157,7 +157,7 @@ def count_updates(args):
 
 
 def invalid_combinations(args):
-    """(is wrong, message) pairs for what no single setting shows."""
+    """(condition, message): settings that are valid alone but not together."""
     return (
         (args.bonus_coef[:1] != (0,), "--bonus-coef must begin with 0: plain IQL, which the others are compared with"),
         (list(args.bonus_coef) != sorted(set(args.bonus_coef)), "--bonus-coef must rise"),
@@ -507,7 +507,7 @@ def log_losses(run, args, policy, phase, env_step, grad_step, losses, **extra):
 
 
 def main(args):
-    # Build, and go back to the last checkpoint; nothing is written before all of it has worked.
+    # Build and restore. Nothing is written before run.begin().
     run = Run(args, grad_step=0, env_step=0, retrain_step=0, diverged={})
     if run.finished:
         return print_table(run)
@@ -821,7 +821,7 @@ def draw_figure(args, buffer, explored, retrained):
 # Settings of a process, not of its run: not taken over from another run, and free to change on --resume.
 PROCESS_SETTINGS = ("resume", "track", "wandb_project", "wandb_mode", "runs_dir", "video", "device", "torch_threads",
                     "compile")
-# May change on --resume: no number depends on them (on the data's and the source run's identity one does).
+# May change on --resume: results differ by rounding at most. Moved data or source runs must be the same ones.
 MAY_CHANGE = (*PROCESS_SETTINGS, "log_every", "checkpoint_every", "dataset_path", "exploit_only", "init_from")
 
 
@@ -927,7 +927,7 @@ def setup_torch(args):
         device = torch.device(auto if args.device == "auto" else args.device)
         torch.zeros(1, device=device).item()
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # the one that is seeded
+            torch.cuda.set_device(device.index or 0)  # the one that is seeded
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {args.device}: {str(error).splitlines()[0]}")
     if args.cudagraphs and device.type != "cuda":

@@ -15,6 +15,7 @@ import pytest
 import torch
 from baseline import Session, losses_of, read_lines, small_words
 from test_losses import ACT, CPU, HIDDEN, IQL, OBS, array, forward, linears, make_batch
+from torch.cuda._utils import _get_device_index
 
 import calql_ooo
 import iql_ooo
@@ -318,12 +319,13 @@ def test_the_device_that_is_used_is_the_one_that_is_seeded(script, monkeypatch):
     """torch.cuda.manual_seed seeds the current device: with --device cuda:1 that must be cuda:1."""
     chosen, seeded, zeros = [], [], torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *shape, device=None: zeros(*shape))
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(_get_device_index(device)))
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "manual_seed", lambda seed: seeded.append((seed, chosen[-1])))
-    device = script.setup_torch(settings_of(script, PEN, "--device", "cuda:1", "--compile", "off"))
-    script.seed_torch(3)
-    assert device == torch.device("cuda:1") and chosen == [device] and seeded == [(3, device)]
+    for name, index in (("cuda:1", 1), ("cuda", 0)):
+        device = script.setup_torch(settings_of(script, PEN, "--device", name, "--compile", "off"))
+        script.seed_torch(3)
+        assert device == torch.device(name) and chosen[-1] == index and seeded[-1] == (3, index)
 
 
 # === phases of iql_ooo.py ===
