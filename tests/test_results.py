@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SEEDS = range(1, 11)
 ROWS = {"success from far starts": "far_success_rate", "success": "success_rate"}
 COLUMNS = (("iql_retrained", "exploration"), ("iql_retrained", "exploitation"), ("iql_ooo", "exploration"),
-           ("iql_ooo", "exploitation"), ("offline_only", "exploitation"))
+           ("iql_ooo", "exploitation"), ("offline_only", "exploitation"), ("iql_equal_updates", "exploration"))
 
 
 def final_evaluations():
@@ -38,7 +38,7 @@ def test_the_study_in_the_medium_maze():
         cells = re.search(rf"^\| {name} \|(.*)\|$", page, flags=re.M)[1].split("|")
         means = [100 * np.mean([s[f"eval/{key}"] for s in found[column].values()]) for column in COLUMNS]
         assert [float(cell.split("[")[0]) for cell in cells] == [round(mean, 1) for mean in means]
-    names = ("IQL", "IQL's data, retrained", "IQL + RND", "OOO (IQL)", "offline data alone")
+    names = ("IQL", "IQL's data, retrained", "IQL + RND", "OOO (IQL)", "offline data alone", "IQL, equal updates")
     for name, column in zip(names, COLUMNS, strict=True):
         cells = re.findall(rf"^\| {re.escape(name)} \|(.*)\|$", page, flags=re.M)[-1].split("|")
         assert [int(cell) for cell in cells] == [
