@@ -174,7 +174,7 @@ class Args:
     # --- experiment ---
     env_id: Literal[tuple(TASKS)] = "hammer-truncated-expert-v1"  # task
     seed: Seed = 1  # seed of everything random in the run
-    exp_name: Name = Path(__file__).stem  # middle part of the run directory's name
+    exp_name: Name = re.sub(r"[^\w.+=,-]", "_", Path(__file__).stem)  # middle part of the run directory's name
     runs_dir: str = "runs"  # folder of the run directories
     scale: Positive = 1.0  # multiplies every budget and interval; episodes of evaluations shrink with it, to 5 at least
     device: str = "auto"  # auto (cuda if there is one), cpu, cuda or cuda:N
@@ -271,6 +271,7 @@ def invalid_combinations(args):
          "--sync needs an online phase and --retrain-algorithm iql"),
         (args.exploit_only and args.eval_only, "give --exploit-only or --eval-only, not both"),
         (args.exploit_only and not args.retrain_at, "--exploit-only needs --retrain-at"),
+        (not args.bootstrap_at_cut and not args.truncate_episodes, "--no-bootstrap-at-cut needs --truncate-episodes"),
         (not args.rnd_hidden_dims, "--rnd-hidden-dims needs a layer"),
         (args.video and not args.eval_only, "--video goes with --eval-only"),
         (args.dataset_id and args.dataset_path, "give --dataset-id or --dataset-path, not both"),
@@ -875,11 +876,12 @@ def evaluate_saved(args, kinds):
     """--eval-only: the last policy of the first of `kinds` that the run has, on start states of its own; --video
     records some. Where nothing can be written or rendered the score is printed all the same."""
     folder = Path(args.eval_only)
-    found = [(kind, int(path.stem.split("_")[1])) for kind in kinds for path in folder.glob(f"{kind}_*.pt")]
+    found = [(kind, int(path.stem.split("_")[1])) for kind in kinds for path in folder.glob(f"{kind}_*[0-9].pt")]
     if not found:
         fail(f"{folder} has no policy {kinds[0]}_*.pt yet; finish the run first (--resume)")
     kind = found[0][0]
     path = folder / f"{kind}_{max(t for name, t in found if name == kind)}.pt"
+    load_torch(path, torch.device("cpu"), read_config(folder)["run_id"])  # it is a policy of this run
     agent, seed, failed = load_policy(path), derive_seed(args.seed, "eval-only"), ""
     torch.set_num_threads(args.torch_threads)
     try:
@@ -1131,7 +1133,9 @@ def make_env(env_id: str, render_mode: str | None = None) -> TaskEnv:
         fail(f"{env_id}: actions must be vectors within bounds, not {space}")
     if (space.low != -1).any() or (space.high != 1).any():
         env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
-    return TaskEnv(env, task)
+    env = TaskEnv(env, task)
+    env.data_action_space = space  # offline actions are the environment's own
+    return env
 
 
 # === offline data (shared) ===
@@ -1240,10 +1244,16 @@ def read_npz(path, env):
         if "timeouts" in data and (breaks & ~ends)[:-1].any():
             fail(f"{where}: next_observations of row {(breaks & ~ends).argmax()} do not continue in the next row, and "
                  "neither terminals nor timeouts mark an end there; leave timeouts out, or put them right")
+        if task.family not in (*ENDLESS, "antmaze") and (terminals & ~breaks).any():
+            fail(f"{where}: terminals mark an end in row {(terminals & ~breaks).argmax()}, and its next_observations "
+                 "continue in the next row; put them right")
         ends = ends if "timeouts" in data else ends | breaks
     elif "timeouts" not in data and not terminals[-1]:
         fail(f"{where}: nothing marks where episodes end; give timeouts or next_observations")
     late = np.flatnonzero(terminals[:-1] & ~terminals[1:] & timeouts[1:]).tolist()
+    early = np.flatnonzero(timeouts[:-1] & ~terminals[:-1] & terminals[1:]).tolist()
+    if task.family not in (*ENDLESS, "antmaze") and 2 * len(early) > terminals.sum():  # more than a one-step episode
+        fail(f"{where}: timeouts mark an end in row {early[0]} and terminals one row later; put them right")
     if late and task.family != "antmaze":  # there terminals are steps at the goal, and an ant may leave it
         fail(f"{where}: terminals mark an end in row {late[0]} and timeouts one row later; put them right")
     longest = int(np.diff(np.flatnonzero(np.append(ends[:-1], True)), prepend=-1).max())
@@ -1279,7 +1289,7 @@ def load_dataset(args, env: TaskEnv, seed: int) -> tuple[dict[str, np.ndarray], 
     if task.family in ENDLESS or task.family == "antmaze":
         data["terminations"] = success.astype(np.float32) * (task.family == "antmaze")
     # --- Actions in [-1, 1] ---
-    low, high = env.unwrapped.action_space.low, env.unwrapped.action_space.high
+    low, high = env.data_action_space.low, env.data_action_space.high
     if (low != -1).any() or (high != 1).any():
         data["actions"] = 2 * (data["actions"] - low) / (high - low) - 1
     clipped = np.clip(data["actions"], -1 + 1e-5, 1 - 1e-5)
@@ -1326,9 +1336,11 @@ def load_dataset(args, env: TaskEnv, seed: int) -> tuple[dict[str, np.ndarray], 
 
 
 # === command line, run directory (shared) ===
+SCRIPT_SHA256 = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # read at once: the file may be edited later
 # Settings of a process, not of its run: not taken over from another run, and free to change on --resume.
 PROCESS_SETTINGS = ("resume", "track", "wandb_project", "wandb_mode", "runs_dir", "video", "device", "torch_threads",
                     "compile")
+PHASE_ENDS = ("offline_steps", "online_steps", "retrain_at", "learning_starts")
 # May change on --resume: results differ by rounding at most. Moved data or source runs must be the same ones.
 MAY_CHANGE = (*PROCESS_SETTINGS, "log_every", "checkpoint_every", "dataset_path", "exploit_only", "init_from")
 
@@ -1354,7 +1366,7 @@ def parse_args(argv: list[str] | None = None):
         default = Args(env_id=first.env_id, **TASKS[first.env_id].settings)
     args = tyro_cli(argv, default)
     # The times of a source run's phases have been scaled already.
-    for name in (n for n in BUDGETS if not source or n not in ("offline_steps", "online_steps", "retrain_at")):
+    for name in (n for n in BUDGETS if not source or n not in PHASE_ENDS):
         value = getattr(args, name)
         scaled = [max(1, round(x * args.scale)) if x else 0 for x in np.atleast_1d(value).tolist()]
         setattr(args, name, tuple(scaled) if isinstance(value, tuple) else scaled[0])
@@ -1596,6 +1608,8 @@ class Run:
         self.id, self.source_id = self.config["run_id"], self.config["source_run_id"]
         self.data_sha256 = self.config["dataset"]["sha256"]
         before = self.config["args"]
+        if before.get("exploit_only") and not self.args.exploit_only and not self.finished:
+            fail(f"{self.path} retrains on the data of another run; give --exploit-only and that run again")
         changed = [k for k, v in asdict(self.args).items() if k not in MAY_CHANGE and before[k] != v]
         if changed:
             was = ", ".join(f"--{name.replace('_', '-')} was {before[name]}" for name in changed)
@@ -1664,9 +1678,9 @@ class Run:
         import wandb
 
         env = os.environ
-        mode = self.args.wandb_mode or wandb.setup().settings.mode
-        parts = f"-{len(self.config['resumed'])}" if mode == "offline" else ""  # wandb continues no offline run
         try:
+            mode = self.args.wandb_mode or wandb.setup().settings.mode
+            parts = f"-{len(self.config['resumed'])}" if mode == "offline" else ""  # wandb continues no offline run
             self.wandb = wandb.init(
                 project=self.args.wandb_project, mode=self.args.wandb_mode, id=self.id + parts, resume="allow",
                 name=env.get("WANDB_NAME", self.path.name), group=env.get("WANDB_RUN_GROUP", self.id),
@@ -1758,8 +1772,7 @@ def provenance(device):
     with suppress(OSError, TypeError):
         cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
     return {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "commit": commit,
-            "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
-            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "script_sha256": SCRIPT_SHA256, "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
             "hardware": {"cpu": cpu, "cpu_capability": torch.backends.cpu.get_cpu_capability(), "cores": os.cpu_count(),
                          "threads": torch.get_num_threads(), "matmul_precision": torch.get_float32_matmul_precision(),
@@ -1782,6 +1795,7 @@ def read_source(run):
     wanted = [f"exploration {t}" for t in times]
     scores = saved["progress"]["scores"]
     run.progress["scores"] |= {name: scores[name] for name in wanted if name in scores}
+    run.progress["diverged"] |= {k: v for k, v in saved["progress"]["diverged"].items() if k == "exploration"}
     run.source_id = config["run_id"]
     run.data_seed, run.data_sha256 = config["args"]["seed"], config["dataset"]["sha256"]
     return source / "replay.bin", saved["sizes"]["replay.bin"], saved["replay_sum"], max(times)

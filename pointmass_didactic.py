@@ -98,7 +98,7 @@ class Args:
     env_id: Literal[tuple(TASKS)] = "point-mass-wall"  # the only task here
     seed: Seed = 1  # first seed
     num_seeds: Width = 5  # seeds trained side by side: seed, seed + 1, ...
-    exp_name: Name = Path(__file__).stem  # middle part of the run directory's name
+    exp_name: Name = re.sub(r"[^\w.+=,-]", "_", Path(__file__).stem)  # middle part of the run directory's name
     runs_dir: str = "runs"  # folder of the run directories
     scale: Positive = 1.0  # multiplies every budget and interval; episodes of evaluations shrink with it, to 5 at least
     device: str = "auto"  # auto (cuda if there is one), cpu, cuda or cuda:N
@@ -818,9 +818,11 @@ def draw_figure(args, buffer, explored, retrained):
 
 
 # === command line, run directory (shared) ===
+SCRIPT_SHA256 = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # read at once: the file may be edited later
 # Settings of a process, not of its run: not taken over from another run, and free to change on --resume.
 PROCESS_SETTINGS = ("resume", "track", "wandb_project", "wandb_mode", "runs_dir", "video", "device", "torch_threads",
                     "compile")
+PHASE_ENDS = ("offline_steps", "online_steps", "retrain_at", "learning_starts")
 # May change on --resume: results differ by rounding at most. Moved data or source runs must be the same ones.
 MAY_CHANGE = (*PROCESS_SETTINGS, "log_every", "checkpoint_every", "dataset_path", "exploit_only", "init_from")
 
@@ -846,7 +848,7 @@ def parse_args(argv: list[str] | None = None):
         default = Args(env_id=first.env_id, **TASKS[first.env_id].settings)
     args = tyro_cli(argv, default)
     # The times of a source run's phases have been scaled already.
-    for name in (n for n in BUDGETS if not source or n not in ("offline_steps", "online_steps", "retrain_at")):
+    for name in (n for n in BUDGETS if not source or n not in PHASE_ENDS):
         value = getattr(args, name)
         scaled = [max(1, round(x * args.scale)) if x else 0 for x in np.atleast_1d(value).tolist()]
         setattr(args, name, tuple(scaled) if isinstance(value, tuple) else scaled[0])
@@ -1088,6 +1090,8 @@ class Run:
         self.id, self.source_id = self.config["run_id"], self.config["source_run_id"]
         self.data_sha256 = self.config["dataset"]["sha256"]
         before = self.config["args"]
+        if before.get("exploit_only") and not self.args.exploit_only and not self.finished:
+            fail(f"{self.path} retrains on the data of another run; give --exploit-only and that run again")
         changed = [k for k, v in asdict(self.args).items() if k not in MAY_CHANGE and before[k] != v]
         if changed:
             was = ", ".join(f"--{name.replace('_', '-')} was {before[name]}" for name in changed)
@@ -1156,9 +1160,9 @@ class Run:
         import wandb
 
         env = os.environ
-        mode = self.args.wandb_mode or wandb.setup().settings.mode
-        parts = f"-{len(self.config['resumed'])}" if mode == "offline" else ""  # wandb continues no offline run
         try:
+            mode = self.args.wandb_mode or wandb.setup().settings.mode
+            parts = f"-{len(self.config['resumed'])}" if mode == "offline" else ""  # wandb continues no offline run
             self.wandb = wandb.init(
                 project=self.args.wandb_project, mode=self.args.wandb_mode, id=self.id + parts, resume="allow",
                 name=env.get("WANDB_NAME", self.path.name), group=env.get("WANDB_RUN_GROUP", self.id),
@@ -1250,8 +1254,7 @@ def provenance(device):
     with suppress(OSError, TypeError):
         cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
     return {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "commit": commit,
-            "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
-            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "script_sha256": SCRIPT_SHA256, "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
             "hardware": {"cpu": cpu, "cpu_capability": torch.backends.cpu.get_cpu_capability(), "cores": os.cpu_count(),
                          "threads": torch.get_num_threads(), "matmul_precision": torch.get_float32_matmul_precision(),

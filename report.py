@@ -41,6 +41,7 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from html import unescape
 from pathlib import Path
 from typing import Annotated
 
@@ -77,6 +78,8 @@ PAPER = json.loads((ROOT / "results" / "paper.json").read_text())
 LABELS = {
     "iql": ("IQL", "IQL's data retrained"), "iql_ooo": ("IQL + RND", "OOO (IQL)"),
     "offline_only": ("before the online phase", "D_off alone retrained"),
+    "parity": ("IQL, offline", "the same retrained"),
+    "no_bootstrap": ("IQL, offline, no bootstrap at the cut", "the same retrained"),
     "frozen_rnd": ("IQL + RND", "OOO + frozen RND"), "no_bounds": ("IQL + RND", "OOO without Q bounds"),
     "no_up": ("IQL + RND", "OOO without upsampling"),
     "iql_equal_updates": ("IQL with OOO's updates", "the same retrained"),
@@ -177,7 +180,8 @@ def identify(config):
     """Name in ALGORITHMS of a run, from its settings: of those whose flags it has, the one with most. A changed script
     under another name is an algorithm of that name and --exp-name."""
     script, task = config["script"], ("--env-id", config["args"]["env_id"])
-    name, file = Path(shlex.split(config.get("command") or script)[0]).stem, ROOT / f"{script}.py"
+    words = shlex.split(unescape(config.get("command") or script))  # plain() has escaped its quotes
+    name, file = plain(Path(words[0]).stem), ROOT / f"{script}.py"
     mine = {algorithm: what for algorithm, what in ALGORITHMS.items() if what.script == file.name}
     if not mine:
         return script
@@ -219,7 +223,8 @@ def read_run(path):
     for policy, values in record.cells.items():
         for t in values:
             group = Group(policy, settings_of(record, policy, t), {record.seed: record})
-            group.details(), group.divergence(), group.shares(True), record.label(policy), read_at(record, policy, 1)
+            group.details(), group.divergence(), group.shares(True), group.shares(False)
+            record.label(policy), read_at(record, policy, 1)
     for policy, kind in itertools.product(record.cells, ("curves", "retrain")):
         points(record, kind, policy, "score")
     if record.results and record.env_id in POINTMASS:
@@ -298,7 +303,10 @@ def bears_on(setting, record, policy):
 
 def settings_of(record, policy, t):
     """dict of all that must be equal for two runs to be averaged."""
-    kept = {k: v for k, v in record.config["args"].items() if bears_on(k, record, policy)}
+    args = record.config["args"]
+    kept = {k: v for k, v in args.items() if bears_on(k, record, policy)}
+    if args.get("warm_start") or args.get("sync"):  # a retraining is begun with the one before
+        kept["retrain_at"] = args["retrain_at"]
     data = record.config.get("dataset") or {}
     # A random subset of the data is another one for every seed.
     kept["data"] = data.get("source") if kept.get("data_subset") else data.get("sha256")
@@ -374,7 +382,8 @@ class Group:
     def divergence(self):
         """The seeds whose values passed what rewards can give: ["seed 3 (7.1e+06 at online step 1200, ...)"]."""
         key = self.policy if self.policy == "exploration" else f"exploitation {self.settings['t']}"
-        found = [(seed, ((r.results or {}).get("diverged") or {}).get(key)) for seed, r in sorted(self.seeds.items())]
+        said = [(seed, (r.results or {}).get("diverged") or {}) for seed, r in sorted(self.seeds.items())]
+        found = [(seed, x.get(key) or x.get("policy")) for seed, x in said]  # a baseline has one policy
         return [f"seed {seed} ({x['magnitude']:.2g} at {x['phase']} step "
                 f"{x['env_step' if x['phase'] == 'online' else 'grad_step']}, ceiling {x['ceiling']:.2g})"
                 for seed, x in found if x]
@@ -403,6 +412,11 @@ def grouped(chosen, args):
         if group is None:
             groups.append(group := Group(policy, settings, {}))
         other = group.seeds.setdefault(record.seed, record)
+        source = record.config.get("source_run_id")
+        same = [r for r in group.seeds.values() if source and r.config.get("source_run_id") == source]
+        if len(same) > 1:
+            fail(f"{same[0].name} and {same[1].name} are retrainings on the data of one run, not two seeds; leave one "
+                 "out with --exclude")
         if other.cells[policy][t] != record.cells[policy][t]:
             fail(f"{record.name} and {other.name} are the same seed with the same settings but other scores; "
                  "leave one out with --exclude")
@@ -571,7 +585,8 @@ def section(name, title, text, chosen, kinds, pairs, measure_of, args, pictures)
         groups = [cells.get((task, label), []) for label in columns]
         rows = {"": [[g.details() for g in mine] or ["missing"] * bool(shown) for mine in groups]}
         for measure, words in MEASURES.items():
-            rows[words] = [[mean_interval(values, limits_of(measure, task)) for g in mine
+            rows[words] = [[mean_interval(values, limits_of(measure, task))
+                            + f" ({len(values)} of {len(g.seeds)} seeds)" * (len(values) < len(g.seeds)) for g in mine
                             if (values := list(g.values(measure).values()))] for mine in groups]
         rows["paper: score ± standard error"] = [[f"{x:g} ± {error:g}"] for x, error in shown.get(task, ())]
         for words, far in (("episodes of D_on with success, %", False), ("the same from far starts, %", True)):
@@ -679,7 +694,9 @@ def pointmass_table(record):
         form = [mean_error(row["steps"])] + [mean_error(100 * np.array(row[k])) for k in ("success", "under")]
         lines.append(f"| {row['policy']} | " + " | ".join(form) + " |")
     shortest = " / ".join(f"{results['shortest_steps'][way]['mean']:.1f}" for way in ("under", "over"))
-    return [*lines, f"| shortest way under / over the wall | {shortest} | | |"]
+    lines.append(f"| shortest way under / over the wall | {shortest} | | |")
+    return lines + [f"\nDiverged: {name} ({x['magnitude']:.2g} at {x['phase']} step {x['grad_step']}, ceiling "
+                    f"{x['ceiling']:.2g})" for name, x in (results.get("diverged") or {}).items()]
 
 
 def figure6(folders, pictures):

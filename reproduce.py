@@ -373,6 +373,12 @@ def read_records(path):
     return records
 
 
+def expand_store():
+    """MINARI_DATASETS_PATH as the scripts take it: ~ is the home folder, empty is as if it were not there."""
+    if store := os.environ.pop("MINARI_DATASETS_PATH", ""):
+        os.environ["MINARI_DATASETS_PATH"] = os.path.expanduser(store)
+
+
 def output_folder(folder, flag):
     """Path of a folder to write to, made if it is missing and tried; exit 2 where nothing can be written."""
     try:
@@ -387,8 +393,10 @@ def output_folder(folder, flag):
 def write_whole(path, content):
     """Write bytes so that at any moment the file is the old one or the new one, complete."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
     try:
-        temporary.write_bytes(content)
+        with open(temporary, "xb") as file:  # made here: a link of that name is not followed
+            file.write(content)
         os.replace(temporary, path)
     except OSError as error:  # that of a write names no file
         raise OSError(error.errno, error.strerror, str(path)) from None

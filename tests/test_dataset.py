@@ -632,6 +632,21 @@ def test_terminals_that_timeouts_contradict(tmp_path, capsys):
         assert load(POINT, dataset_path=save(tmp_path, columns))[1]["episodes"] == (4 if terminals == [2] else 3)
 
 
+@pytest.mark.parametrize("columns", [
+    dict(terminals=at(12, 4, 8), timeouts=at(12, 3, 7, 11)),
+    dict(terminals=at(12, 4), timeouts=None, next_observations=successors(3, 11)),
+    dict(terminals=np.ones(12, bool), timeouts=None, next_observations=successors(11)),
+])
+def test_terminals_one_row_late_in_ones_own_data(tmp_path, capsys, monkeypatch, columns):
+    """The first row of an episode would be its terminal."""
+    task = ooo.Task("own", "InvertedPendulum-v5", 1000, (), {}, {})
+    monkeypatch.setitem(ooo.TASKS, "own-v0", task)
+    env, path = ooo.make_env("own-v0"), save(tmp_path, flat(act_dim=1, **columns))
+    with pytest.raises(SystemExit):
+        ooo.read_npz(path, env)
+    assert "put them right" in capsys.readouterr().err
+
+
 def test_kitchen_files_mark_every_end_by_a_terminal(tmp_path):
     """D4RL's have no timeouts. The steps whose successor was not recorded are dropped; nothing terminates."""
     n = 840

@@ -506,6 +506,8 @@ def test_starts_of_training_curves_final_evaluation_and_eval_only_differ(monkeyp
         assert len(run.progress["scores"][policy]["per_episode"]) == 50
     monkeypatch.setattr(ooo, "make_env", lambda *_: env)
     monkeypatch.setattr(ooo, "load_policy", lambda path: agent)
+    monkeypatch.setattr(ooo, "read_config", lambda folder: {"run_id": "1"})
+    monkeypatch.setattr(ooo, "load_torch", lambda *_: None)
     (in_tmp / "exploitation_100.pt").touch()
     args.eval_only = "."
     played("eval-only", ooo.evaluate_saved, args, ("exploitation",))

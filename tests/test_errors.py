@@ -70,7 +70,7 @@ def test_missing_dataset_without_network(box, tmp_path):
     store = {"MINARI_DATASETS_PATH": str(tmp_path / "empty")}
     line = refused(box, "--env-id", HAMMER, fresh=True, env=store)
     assert time.monotonic() - start < 30 + 20  # 30 s, and starting Python on a busy machine
-    ways = ("minari download", "--dataset-id", "--dataset-path", "make run")
+    ways = ("minari download", "--dataset-id", "--dataset-path", "tools/collect_pointmaze.py")
     assert all(part in line for part in ("D4RL/hammer/expert-v2", store["MINARI_DATASETS_PATH"], *ways))
 
 

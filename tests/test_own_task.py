@@ -105,6 +105,6 @@ def test_the_documented_commands_run(folder, monkeypatch):
     assert lines[0] == ["python", "make_data.py"] and PROGRAM.startswith("# make_data.py\n")
     for _, script, *words in lines[1:]:
         args = module.parse_args(words)
-        assert script == "iql_ooo.py" and FILES[args.env_id] == args.dataset_path and args.offline_steps == 5000
+        assert script == "iql_ooo.py" and FILES[args.env_id] == args.dataset_path and args.offline_steps == 500
         module.load_dataset(args, module.make_env(args.env_id), 1)
     assert {words[words.index("--env-id") + 1] for words in lines[1:]} == set(FILES)

@@ -40,7 +40,7 @@ from minari.storage import get_dataset_path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from reproduce import run_main  # noqa: E402
+from reproduce import expand_store, run_main  # noqa: E402
 
 MAX_EPISODE_STEPS = {"UMaze": 300, "Medium": 600, "Large": 800}  # environment steps, D4RL's
 P_GAIN, D_GAIN = 10.0, -1.0  # force per metre of distance to the waypoint, force per m/s of velocity
@@ -285,8 +285,7 @@ def is_stored(args):
 
 def main(args):
     args.dataset_id = args.dataset_id or f"ooo/pointmaze/{args.maze.lower()}-v0"
-    if root := os.environ.get("MINARI_DATASETS_PATH"):
-        os.environ["MINARI_DATASETS_PATH"] = os.path.expanduser(root)
+    expand_store()
     with contextlib.suppress(ValueError, TypeError, OSError):  # what is wrong with the id or the store is said below
         restore(get_dataset_path(args.dataset_id))  # after a kill that could not be caught
     if reason := refusal(args):

@@ -8,9 +8,10 @@ The second command learns from it; without --remove-discs a maze task would remo
 publishes it.
 
 Runs of iql_ooo.py, td3_rnd.py, pex.py, calql_ooo.py and rlpd_ooo.py. Observations are the task's (D4RL's) vectors,
-float32; actions lie in [-1, 1]; rewards are the task's, raw (hammer: with the package's sign of the palm's distance, as
-in every Minari dataset of it). The dataset goes to the folder that MINARI_DATASETS_PATH names, else to
-~/.minari/datasets. An existing one is not touched. Its description names the run by its id.
+float32; actions are as they were played, in the environment's units; rewards are the task's, raw (hammer: with the
+package's sign of the palm's distance, as in every Minari dataset of it). The dataset goes to the folder that
+MINARI_DATASETS_PATH names, else to ~/.minari/datasets. An existing one is not touched. Its description names the run by
+its id.
 """
 
 import json
@@ -28,7 +29,7 @@ from minari.data_collector import EpisodeBuffer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from reproduce import fail, run_main, script_of  # noqa: E402
+from reproduce import expand_store, fail, run_main, script_of  # noqa: E402
 
 
 @dataclass
@@ -73,18 +74,24 @@ def episodes_of(data):
 def main(argv=None):
     args = tyro.cli(Args, args=argv, description=__doc__)
     path = Path(args.run_dir)
+    expand_store()
     config, script, data = read_run(path)
     settings = config["args"]
     env = script.make_env(settings["env_id"])
     if env.task.family == "hammer":  # load_dataset corrects the package's reward
         correction, _ = script.task_reward(env.task, data["next_observations"], np.zeros(len(data["rewards"])))
         data["rewards"] = data["rewards"] - correction
+    space, spec = env.data_action_space, env.unwrapped.spec
+    data["actions"] = data["actions"].clip(-1, 1)  # as PEX played them
+    if (space.low != -1).any() or (space.high != 1).any():
+        data["actions"] = space.low + (data["actions"] + 1) / 2 * (space.high - space.low)
     warnings.simplefilter("ignore")  # minari's, about an author and a link
     try:
         minari.create_dataset_from_buffers(
-            args.dataset_id, list(episodes_of(data)), env=env.unwrapped.spec,
+            args.dataset_id, list(episodes_of(data)),
+            env=None if callable(spec.entry_point) else spec,  # the sparse tasks are made by a script
             observation_space=gym.spaces.Box(-np.inf, np.inf, data["observations"].shape[1:], np.float32),
-            action_space=gym.spaces.Box(-1.0, 1.0, data["actions"].shape[1:], np.float32),
+            action_space=space,
             algorithm_name=f"{settings['exp_name']} ({config['script']}.py), exploration",
             description=f"Online phase of run {config['run_id']}: {settings['env_id']}, seed {settings['seed']}. "
             "Observations, actions and raw rewards as the task in OOO RL has them.",

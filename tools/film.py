@@ -153,6 +153,8 @@ class Panel:
 def film(script, args, policies, episodes):
     """The pictures of the film, arrays (height, width, 3)."""
     task = script.TASKS[args.env_id]
+    if getattr(args, "goal_x", None) is not None:
+        task = script.TASKS[args.env_id] = task._replace(kwargs=task.kwargs | {"goal_x": args.goal_x})
     if not task.goal_cell:
         choose_gl()
     try:

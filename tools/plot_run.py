@@ -152,7 +152,9 @@ def explorer_of(run):
     """The run that explored: itself, or the one that --exploit-only names; None if that one is not here."""
     if not run.args.exploit_only:
         return run
-    return open_run(run.args.exploit_only) if (Path(run.args.exploit_only) / "config.json").exists() else None
+    source = Path(run.args.exploit_only)
+    found = open_run(source) if (source / "config.json").exists() else None
+    return found if found and found.config["run_id"] == run.config["source_run_id"] else None
 
 
 # === one run: its panels ===
