@@ -282,6 +282,16 @@ def test_exploit_only_on_other_data(finished, module_box):
     assert "sha256" in line
 
 
+def test_a_retraining_on_anothers_data_does_not_become_a_run_of_its_own(finished, box, module_box):
+    """Stopped, and continued without --exploit-only, it would explore itself."""
+    words = ["--exploit-only", module_box.work / finished, "--exp-name", "x"]
+    assert box.run(*words).code == 0
+    (path,) = (box.work / "runs").glob("*__x__*")
+    (path / "results.json").unlink()
+    assert "--exploit-only" in refused(box, "--env-id", PEN, *SHORT, "--exp-name", "x", "--resume")
+    assert box.run(*words, "--resume").code == 0
+
+
 def test_nothing_to_evaluate(broken, box):
     for path in broken.glob("ex*_2.pt"):
         path.unlink()
