@@ -365,6 +365,32 @@ def test_algorithms_are_known_by_their_settings(algorithm):
     assert report.identify(config) == {"iql_retrained": "iql"}.get(algorithm, algorithm)
 
 
+def test_a_baselines_divergence_is_said(tmp_path):
+    """It has one policy, whose name is "policy"."""
+    where = {"policy": dict(phase="online", env_step=77, grad_step=77, magnitude=7e6, ceiling=1e4)}
+    make_run(tmp_path / "runs", "pex", reproduce.UMAZE, 1, {700: 5.0},
+             flags=("--save-at", "700", "--online-steps", "700"), diverged=where)
+    assert "diverged, mean |Q| or |V| above what rewards can give: seed 1" in run_report(tmp_path)
+
+
+def test_retrainings_on_the_data_of_one_run_are_not_two_seeds(tmp_path, capsys):
+    for seed in (1, 2):
+        make_run(tmp_path / "runs", "iql_ooo", reproduce.UMAZE, seed, {}, {700: 9.0}, ("--retrain-upsample", "0"),
+                 source_run_id="the same")
+    with pytest.raises(SystemExit):
+        run_report(tmp_path)
+    assert "data of one run" in capsys.readouterr().err
+
+
+def test_a_mean_over_fewer_seeds_says_so(tmp_path):
+    for seed in (1, 2, 3):
+        far = {} if seed == 3 else dict(far=0.5)
+        make_run(tmp_path / "runs", "iql_ooo", reproduce.UMAZE, seed, {700: 5.0}, {700: dict(score=8.0, **far)},
+                 ("--online-steps", "700", "--retrain-at", "700"))
+    text = run_report(tmp_path)
+    assert "(2 of 3 seeds)" in row_of(text, "Other runs", reproduce.UMAZE, "success from far starts, %")["OOO (IQL)"]
+
+
 # === what cannot be read ===
 
 
