@@ -68,3 +68,14 @@ def test_the_table_beside_the_authors_learner(tmp_path, capsys):
         archive.extractall(tmp_path, filter="data")
     parity.main(parity.Args(str(tmp_path / "parity")))
     assert capsys.readouterr().out in (ROOT / "docs" / "results.md").read_text()
+
+
+def test_the_gate_of_pen():
+    with tarfile.open(ROOT / "results" / "gates.tar.xz") as archive:
+        (name,) = [name for name in archive.getnames() if name.endswith("results.json")]
+        (row,) = json.loads(archive.extractfile(name).read())["rows"]
+        lines = archive.extractfile(name.replace("results.json", "metrics.jsonl")).read().splitlines()
+    curve = {r["grad_step"]: r["eval/success_rate"] for r in map(json.loads, lines) if "eval/success_rate" in r}
+    cells = [curve[1000 * k] for k in (25, 50, 100, 150, 200, 250, 300)] + [row["exploitation"]["eval/success_rate"]]
+    words = " | ".join(str(round(100 * value)) for value in cells)
+    assert f"| success, % | {words} |" in (ROOT / "docs" / "results.md").read_text()
