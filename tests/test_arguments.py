@@ -137,6 +137,8 @@ def test_episodes_is_another_name():
         (["--retrain-upsample", "257"], "--batch-size"),
         (["--q-reward-bounds", "1", "-1"], "--q-reward-bounds"),
         (["--intrinsic-reward-scale", "0", "--retrain-frozen-rnd"], "--intrinsic-reward-scale"),
+        (["--retrain-frozen-rnd", "--offline-steps", "0", "--retrain-at", "0", "10"], "--offline-steps"),
+        (["--truncate-episodes", "0", "--no-bootstrap-at-cut"], "--truncate-episodes"),
         (["--sync", "--retrain-algorithm", "td3"], "--sync"),
         (["--dataset-id", "a/b-v0", "--dataset-path", "x.npz"], "not both"),
         (["--eval-only", "source", "--exploit-only", "source"], "not both"),
