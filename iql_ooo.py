@@ -158,11 +158,11 @@ Steps = Annotated[int, Field(ge=0, le=10**10)]  # 0: none
 Count = Annotated[int, Field(ge=1, le=10**10)]
 Width = Annotated[int, Field(ge=1, le=4096)]
 Real = Annotated[float, Field(ge=-1e9, le=1e9)]
-Factor = Annotated[float, Field(ge=0, le=1e6)]
+NonNegative = Annotated[float, Field(ge=0, le=1e6)]
 Positive = Annotated[float, Field(gt=0, le=1e6)]
 Rate = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
-Inside = Annotated[float, Field(gt=0, lt=1)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
 LogStd = Annotated[float, Field(ge=-20, le=2)]
 Name = Annotated[str, Field(pattern=r"^\w[\w.+=,-]{0,99}$")]  # names a folder
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -194,7 +194,7 @@ class Args:
     data_subset: Steps = 0  # keep N random offline transitions (0: all); drawn before discs are removed
     remove_discs: tuple[tuple[Real, Real, Real], ...] = ()  # X Y RADIUS ...: offline transitions inside are removed
     kitchen_cumulative: bool = False  # kitchen's offline rewards count tasks ever completed, not those that hold now
-    reward_scale: Factor = 1.0  # sampled rewards are (r + reward_bias) * reward_scale; stored rewards stay raw
+    reward_scale: NonNegative = 1.0  # sampled rewards are (r + reward_bias) * reward_scale; stored rewards stay raw
     reward_bias: Real = 0.0  # see reward_scale
     mask_reward: Real | None = None  # if set, masks are 0 where the raw reward equals this (kitchen: 4)
     # --- phases ---
@@ -214,17 +214,17 @@ class Args:
     gamma: Share = 0.99  # discount
     tau: Rate = 0.005  # Polyak rate of the target critic, per gradient step
     hidden_dims: tuple[Width, ...] = (256, 256)  # hidden layers of actor, critic and value
-    expectile: Inside = 0.7  # IQL's tau, usually 0.5 or more: closer to 1 means closer to a max over actions
+    expectile: Fraction = 0.7  # IQL's tau, usually 0.5 or more: closer to 1 means closer to a max over actions
     temperature: Positive = 3.0  # multiplies the advantage in exp(temperature * A); the paper's beta (Table 4)
     dropout: Share = 0.0  # dropout rate of the actor's hidden layers, in the actor loss only
     log_std_min: LogStd = -5.0  # lower clip of the policy's log standard deviation (upper: 2)
     q_reward_bounds: tuple[Real, Real] | None = None  # exploration: Q targets clipped to these rewards / (1 - gamma)
     # --- exploitation (offline retraining) ---
     retrain_algorithm: Literal["iql", "td3"] = "iql"  # td3: the authors' simplified TD3 (Fig. 5), Q explodes offline
-    retrain_expectile: Inside | None = None  # unset: expectile
+    retrain_expectile: Fraction | None = None  # unset: expectile
     retrain_dropout: Share | None = None  # unset: dropout
     retrain_log_std_min: LogStd | None = None  # unset: log_std_min
-    retrain_reward_scale: Factor | None = None  # unset: reward_scale
+    retrain_reward_scale: NonNegative | None = None  # unset: reward_scale
     retrain_q_bounds: bool = True  # clip Q targets to [min, max] reward of the data / (1 - gamma)
     retrain_frozen_rnd: bool = False  # add the bonus of the RND as it stood at t, never updated, unbounded (Fig. 3)
     retrain_upsample: Steps = 0  # rows of each batch drawn from the high-reward data (section 4.2, Fig. 11)
@@ -233,7 +233,7 @@ class Args:
     warm_start: bool = False  # start from the previous retraining's networks instead of from scratch (Fig. 13)
     sync: bool = False  # after each retraining the exploration agent continues as the exploitation agent (Fig. 14)
     # --- RND ---
-    intrinsic_reward_scale: Factor = 0.5  # coefficient of the intrinsic reward; 0 is plain IQL, without RND
+    intrinsic_reward_scale: NonNegative = 0.5  # coefficient of the intrinsic reward; 0 is plain IQL, without RND
     rnd_reward: Literal["max", "l2"] = "max"  # max over features of the squared error (code), or their sum (paper)
     rnd_normalizer: Literal["code", "paper"] = "code"  # statistic of already normalised rewards, or of the raw errors
     rnd_hidden_dims: tuple[Width, ...] = (512, 512)  # layers of predictor and target, the last one linear
@@ -607,7 +607,7 @@ def make_update(args, buffer, agent, bounds, rnd=None, exploitation=False):
         learn = td3_update if td3 else iql_update
         return learn(agent, batch, bonus, **options) | losses
 
-    return faster(args, update)
+    return compile_update(args, update)
 
 
 def phase_setting(args, name, exploitation):
@@ -646,7 +646,7 @@ def pretrain(run, buffer, explorer, rnd, update, eval_env):
         if step == last:
             save_policy(run, explorer, "pretrained.pt")
             if 0 in args.retrain_at:
-                keep_explorer(run, explorer, rnd, eval_env, 0)
+                save_explorer(run, explorer, rnd, eval_env, 0)
         if at_interval(step, args.checkpoint_every, last) or run.signal:
             run.checkpoint(explorer=explorer, rnd=rnd)
 
@@ -684,7 +684,7 @@ def explore(run, buffer, explorer, rnd, update, env, eval_env, until):
             if at_interval(t, args.eval_every, args.online_steps) or t in args.retrain_at:
                 evaluate_and_log(run, eval_env, explorer, "online", t, p["grad_step"])
             if t in args.retrain_at or t == args.online_steps:
-                keep_explorer(run, explorer, rnd, eval_env, t)
+                save_explorer(run, explorer, rnd, eval_env, t)
         p["episode"] += 1
         run.log("metrics.jsonl", "online", p["env_step"], p["grad_step"],
                 **{f"charts/episodic_{key}": value for key, value in episode.items()})
@@ -695,7 +695,7 @@ def explore(run, buffer, explorer, rnd, update, env, eval_env, until):
     bar.close()
 
 
-def keep_explorer(run, explorer, rnd, eval_env, t):
+def save_explorer(run, explorer, rnd, eval_env, t):
     """Save what the tables and retrain(t) need: scores, policy, RND."""
     final_evaluation(run, eval_env, explorer, f"exploration {t}")
     save_policy(run, explorer, f"exploration_{t}.pt")
@@ -782,8 +782,6 @@ def main(args):
         return evaluate_saved(args, ("exploitation", "exploration"))
     # Build and restore. Nothing is written before run.begin().
     run = Run(args, grad_step=0, env_step=0, episode=0, retrain_step=0, scores={}, diverged={})
-    if run.finished:
-        return report(run)
     data_from = read_source(run) if args.exploit_only else run.saved_replay()
     env, eval_env = make_env(args.env_id), make_env(args.env_id)
     data, dataset = load_dataset(args, env, run.data_seed)
@@ -834,7 +832,8 @@ def load_policy(path: str | Path) -> Agent:
 # === evaluation (shared) ===
 def evaluate(env, agent, episodes: int, seed: int, frames: list | None = None) -> tuple[list[dict], dict]:
     """Episodes of agent.act(obs): a list of dicts, and their means under the names of the metrics. The score is the
-    paper's: success, kitchen tasks / 4, or D4RL's score, x 100. Start states and draws depend on the seed alone."""
+    paper's: success, kitchen tasks / 4, or D4RL's score, x 100. Start states and draws depend on the seed alone.
+    frames: a list that takes the pictures of the first three episodes."""
     key, low, high = env.task.score
     results = []
     for i in range(episodes):
@@ -843,7 +842,7 @@ def evaluate(env, agent, episodes: int, seed: int, frames: list | None = None) -
         start = {"start_distance": info["start_distance"]} if "start_distance" in info else {}
         rewards, success, done = [], False, False
         while not done:
-            if frames is not None:
+            if frames is not None and i < 3:
                 frames.append(env.render())
             obs, reward, terminated, truncated, info = env.step(agent.act(obs))
             rewards.append(reward)
@@ -873,69 +872,61 @@ def final_evaluation(run, env, agent, name):
 
 
 def evaluate_saved(args, kinds):
-    """--eval-only: the last policy of the first of `kinds` that the run has, on start states of its own; --video
-    records some. Where nothing can be written or rendered the score is printed all the same."""
-    folder = Path(args.eval_only)
+    """--eval-only: the last policy of the first of `kinds` that the run has, on start states of its own. --video: the
+    first three episodes as mp4. Where nothing can be written the score is printed all the same."""
+    folder, frames = Path(args.eval_only), [] if args.video else None
     found = [(kind, int(path.stem.split("_")[1])) for kind in kinds for path in folder.glob(f"{kind}_*[0-9].pt")]
     if not found:
         fail(f"{folder} has no policy {kinds[0]}_*.pt yet; finish the run first (--resume)")
     kind = found[0][0]
     path = folder / f"{kind}_{max(t for name, t in found if name == kind)}.pt"
     load_torch(path, torch.device("cpu"), read_config(folder)["run_id"])  # it is a policy of this run
-    agent, seed, failed = load_policy(path), derive_seed(args.seed, "eval-only"), ""
+    agent, seed = load_policy(path), derive_seed(args.seed, "eval-only")
     torch.set_num_threads(args.torch_threads)
     try:
-        if args.video:  # first: without a picture make_env sets MUJOCO_GL aside
-            record_video(args, agent, seed, path.with_suffix(".mp4"))
+        env = make_env(args.env_id, "rgb_array" if args.video else None)
+        episodes, summary = evaluate(env, agent, args.eval_episodes, seed, frames)
     except Exception as error:  # GL back ends fail in many ways
-        failed = f"no video ({type(error).__name__}: {error}): set MUJOCO_GL=egl, or osmesa with libosmesa6 installed"
-    episodes, summary = evaluate(make_env(args.env_id), agent, args.eval_episodes, seed)
+        if not args.video:
+            raise
+        fail(f"no video ({type(error).__name__}: {error}): set MUJOCO_GL=egl, or osmesa with libosmesa6 installed", 1)
     print(f"{path.name}: " + "  ".join(f"{key} {value:.4g}" for key, value in summary.items()))
     try:
         write_json(folder / f"{path.stem}_eval.json", {"policy": path.name, **summary, "per_episode": episodes})
+        if frames:
+            import imageio
+
+            fps = env.metadata.get("render_fps", 30)
+            imageio.mimwrite(path.with_suffix(".mp4"), frames, fps=fps, macro_block_size=2)
+            print(f"video: {path.with_suffix('.mp4')} ({len(frames)} frames)")
     except OSError as error:
-        failed = f"the score is above, but was not saved ({error})"
-    if failed:
-        fail(failed, 1)
+        fail(f"the score is above, but was not saved ({error})", 1)
     return summary
 
 
-def record_video(args, agent, seed, path):
-    import imageio
-
-    frames = []
-    env = make_env(args.env_id, "rgb_array")
-    evaluate(env, agent, min(3, args.eval_episodes), seed, frames)
-    imageio.mimwrite(path, frames, fps=env.metadata.get("render_fps", 30), macro_block_size=2)
-    print(f"video: {path} ({len(frames)} frames)")
-
-
 def report(run):
-    """Write results.json, unless the run was finished before, and print the table of the final evaluations."""
-    path = run.path / "results.json"
-    if not run.finished:
-        scores = run.progress["scores"]
-        policies = sorted({name.split()[0] for name in scores}, reverse=True)  # exploration, exploitation
-        rows = [{"env_step": t, **{policy: scores.get(f"{policy} {t}") for policy in policies}}
-                for t in sorted({int(name.split()[1]) for name in scores})]
-        records = map(json.loads, (run.path / "metrics.jsonl").read_text().splitlines())
-        training = [{k.removeprefix("charts/episodic_"): r[k] for k in r if k == "env_step" or "episodic" in k}
-                    for r in records if "charts/episodic_return" in r]
-        write_json(path, {"script": SCRIPT, "env_id": run.args.env_id, "exp_name": run.args.exp_name,
-                          "seed": run.args.seed, "run_id": run.id, "source_run_id": run.source_id, "rows": rows,
-                          "training_episodes": training, "diverged": run.progress["diverged"]})
-    results = json.loads(path.read_text())
-    policies = [name for name in results["rows"][0] if name != "env_step"] if results["rows"] else []
+    """Write results.json, and print the table of the final evaluations."""
+    scores, diverged = run.progress["scores"], run.progress["diverged"]
+    policies = sorted({name.split()[0] for name in scores}, reverse=True)  # exploration, exploitation
+    rows = [{"env_step": t, **{policy: scores.get(f"{policy} {t}") for policy in policies}}
+            for t in sorted({int(name.split()[1]) for name in scores})]
+    records = map(json.loads, (run.path / "metrics.jsonl").read_text().splitlines())
+    training = [{k.removeprefix("charts/episodic_"): r[k] for k in r if k == "env_step" or "episodic" in k}
+                for r in records if "charts/episodic_return" in r]
+    write_json(run.path / "results.json", {
+        "script": SCRIPT, "env_id": run.args.env_id, "exp_name": run.args.exp_name, "seed": run.args.seed,
+        "run_id": run.id, "source_run_id": run.source_id, "rows": rows, "training_episodes": training,
+        "diverged": diverged})
     print(f"\n{run.args.env_id}, seed {run.args.seed}, {run.args.final_episodes} episodes: score (success rate)")
     print(f"{'env step':>10}" + "".join(f"{policy:>20}" for policy in policies))
-    for row in results["rows"]:
+    for row in rows:
         cells = [f"{s['eval/normalized_score']:.1f} ({s['eval/success_rate']:.1%})" if s else "-"
                  for s in (row[policy] for policy in policies)]
         print(f"{row['env_step']:>10}" + "".join(f"{cell:>20}" for cell in cells))
-    for policy, where in results["diverged"].items():
+    for policy, where in diverged.items():
         print(f"{policy} has diverged: {where}")
     print(f"saved in {run.path}")
-    return results["rows"]
+    return rows
 
 
 # === replay buffer (shared) ===
@@ -988,20 +979,14 @@ class ReplayBuffer:
         return self.data[self.offline_size + env_step : self.size].cpu().numpy().tobytes()
 
     def load(self, path, size, checksum, count):
-        """Append the first `count` of the rows in the first `size` bytes of a replay.bin, part by part; exit 2 unless
-        these bytes are those that were written."""
-        end, found, part = self.size + count, 0, self.width * 4 * 4096
-        with open(path, "rb") if size else io.BytesIO() as file:
-            while chunk := file.read(min(part, size)):
-                size -= len(chunk)
-                found = zlib.crc32(chunk, found)
-                if self.size < end and len(chunk) % (4 * self.width) == 0:
-                    rows = torch.frombuffer(bytearray(chunk), dtype=torch.float32).view(-1, self.width)
-                    rows = rows[: end - self.size]
-                    self.data[self.size : self.size + len(rows)] = rows
-                    self.size += len(rows)
-        if size or found != checksum or self.size != end:
+        """Append the first `count` of the rows in the first `size` bytes of a replay.bin; exit 2 unless these bytes are
+        those that were written."""
+        stored = np.memmap(path, np.uint8, "c")[:size] if size else np.empty(0, np.uint8)  # not a copy in memory
+        if len(stored) != size or zlib.crc32(stored) != checksum or size < count * self.width * 4:
             fail(f"{path} is not as it was written (its checksum differs); restore it, or start the run again")
+        rows = stored[: count * self.width * 4].view(np.float32).reshape(count, self.width)
+        self.data[self.size : self.size + count] = torch.from_numpy(rows)
+        self.size += count
 
 
 # === environments (shared) ===
@@ -1009,7 +994,7 @@ GOAL_RADIUS = 0.5  # D4RL's in both mazes; gymnasium-robotics uses 0.45
 ANTMAZE_DATA_GOAL_OFFSET = (0.75, -0.75)  # mean of the goals drawn by TaskEnv.reset
 # Families whose episodes end at the horizon alone, whatever the package or a file says. Antmaze ends at the goal, any
 # other family where its environment does.
-ENDLESS = ("pen", "door", "relocate", "hammer", "kitchen", "maze2d")
+FIXED_LENGTH = ("pen", "door", "relocate", "hammer", "kitchen", "maze2d")
 
 
 def flatten_observation(task, obs):
@@ -1096,7 +1081,7 @@ class TaskEnv(gym.Wrapper):
         if family == "kitchen":
             reward = float(len(info["episode_task_completions"]))
         reward, success = task_reward(self.task, obs, reward, self.goal)
-        if family in ENDLESS:
+        if family in FIXED_LENGTH:
             terminated = False
         elif family == "antmaze":
             terminated = success
@@ -1237,6 +1222,7 @@ def read_npz(path, env):
     except Exception as error:  # zipfile and numpy raise many kinds for a damaged file
         fail(f"{where} cannot be read as .npz with D4RL's keys ({type(error).__name__}: {error})")
     observations, n = data["observations"], len(data["rewards"])
+    own = task.family not in (*FIXED_LENGTH, "antmaze")
     terminals, timeouts = data["terminals"] > 0, data.get("timeouts", np.zeros(n)) > 0
     ends = terminals | timeouts
     if "next_observations" in data:
@@ -1244,7 +1230,7 @@ def read_npz(path, env):
         if "timeouts" in data and (breaks & ~ends)[:-1].any():
             fail(f"{where}: next_observations of row {(breaks & ~ends).argmax()} do not continue in the next row, and "
                  "neither terminals nor timeouts mark an end there; leave timeouts out, or put them right")
-        if task.family not in (*ENDLESS, "antmaze") and (terminals & ~breaks).any():
+        if own and (terminals & ~breaks).any():
             fail(f"{where}: terminals mark an end in row {(terminals & ~breaks).argmax()}, and its next_observations "
                  "continue in the next row; put them right")
         ends = ends if "timeouts" in data else ends | breaks
@@ -1252,7 +1238,7 @@ def read_npz(path, env):
         fail(f"{where}: nothing marks where episodes end; give timeouts or next_observations")
     late = np.flatnonzero(terminals[:-1] & ~terminals[1:] & timeouts[1:]).tolist()
     early = np.flatnonzero(timeouts[:-1] & ~terminals[:-1] & terminals[1:]).tolist()
-    if task.family not in (*ENDLESS, "antmaze") and 2 * len(early) > terminals.sum():  # more than a one-step episode
+    if own and 2 * len(early) > terminals.sum():  # more than a one-step episode
         fail(f"{where}: timeouts mark an end in row {early[0]} and terminals one row later; put them right")
     if late and task.family != "antmaze":  # there terminals are steps at the goal, and an ant may leave it
         fail(f"{where}: terminals mark an end in row {late[0]} and timeouts one row later; put them right")
@@ -1263,7 +1249,7 @@ def read_npz(path, env):
     keep = np.ones(n, bool)
     if "next_observations" not in data:
         data["next_observations"] = np.where(ends[:, None], observations, np.roll(observations, -1, 0))
-        keep = ~ends | (terminals & (task.family not in ENDLESS))
+        keep = ~ends | (terminals & (task.family not in FIXED_LENGTH))
         keep[-1] &= ends[-1]
     data["episodes"] = np.append(0, np.cumsum(ends)[:-1]).astype(np.float32)
     data["terminations"] = terminals.astype(np.float32)
@@ -1286,7 +1272,7 @@ def load_dataset(args, env: TaskEnv, seed: int) -> tuple[dict[str, np.ndarray], 
         goal = env.center if task.family != "antmaze" else env.center + ANTMAZE_DATA_GOAL_OFFSET
         rewards, success = task_reward(task, data["next_observations"], data["rewards"].astype(np.float64), goal)
         data["rewards"] = rewards.astype(np.float32)
-    if task.family in ENDLESS or task.family == "antmaze":
+    if task.family in FIXED_LENGTH or task.family == "antmaze":
         data["terminations"] = success.astype(np.float32) * (task.family == "antmaze")
     # --- Actions in [-1, 1] ---
     low, high = env.data_action_space.low, env.data_action_space.high
@@ -1390,6 +1376,7 @@ def tyro_cli(argv, default):
             return tyro.cli(Args, args=argv, default=default, description=__doc__)
     except SystemExit as stop:
         text = re.sub(r"[\s\u2500-\u257f]+", " ", box.getvalue())
+        text = re.sub(r"^ ?(.+) (?=\1)", "", text, flags=re.IGNORECASE)  # a title that the text repeats
         if outside := re.search(r"for Args (\w+)\S* (.*?) \[type=\w+, input_value=(.*?), input_type", text):
             text = f"--{outside[1].replace('_', '-')} {outside[3]}: {outside[2]}"
         if stop.code:
@@ -1469,7 +1456,7 @@ def setup_torch(args):
     return device
 
 
-def faster(args, update):
+def compile_update(args, update):
     """update(rows) -> losses as --compile and --cudagraphs want it."""
     if args.compile == "on":
         torch.compiler.reset()  # graphs of an earlier phase's networks
@@ -1573,7 +1560,7 @@ class Run:
     signal = None  # the one that has come
 
     def __init__(self, args, **progress):
-        """progress: the counters and scores of a new run."""
+        """progress: the counters and scores of a new run. Of one that is to be continued: what the checkpoint holds."""
         self.args = args
         self.progress = progress
         self.path = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}"
@@ -1583,39 +1570,33 @@ class Run:
         self.sizes, self.replay_sum = dict.fromkeys(self.FILES, 0), 0
         self.data_seed, self.data_sha256 = args.seed, None  # of the offline data; --exploit-only: the source's
         self.wandb = None
-        self.finished = False
         self.updates, self.clock = 0, time.perf_counter()
-        known = (self.path / "config.json").exists()
-        if known and not args.resume:
-            fail(f"{self.path} exists; continue it with --resume, or choose another --seed or --exp-name")
-        if not known and any(p.stat().st_size for name in self.FILES for p in self.path.glob(name)):
-            fail(f"{self.path} has records but no config.json; restore it, or choose another --seed or --exp-name")
-        if known:
-            self.read_settings()
-        if not self.finished:
+        if not (self.path / "config.json").exists():
+            if any(p.stat().st_size for name in self.FILES for p in self.path.glob(name)):
+                fail(f"{self.path} has records but no config.json; restore it, or choose another --seed or --exp-name")
             self.device = setup_torch(args)
-        if known and not self.finished:
-            saved = read_checkpoint(self.path, self.config, self.device)
-            self.models, self.progress, self.sizes = saved["models"], saved["progress"], saved["sizes"]
-            self.replay_sum = saved["replay_sum"]
-
-    def read_settings(self):
-        """config.json of a run that is to be continued; exit 2 if it has other settings."""
-        if not (self.path / "results.json").exists():
-            self.lock()
-        self.finished = (self.path / "results.json").exists()
+            return
+        if not args.resume:
+            fail(f"{self.path} exists; continue it with --resume, or choose another --seed or --exp-name")
         self.config = read_config(self.path)
         self.id, self.source_id = self.config["run_id"], self.config["source_run_id"]
         self.data_sha256 = self.config["dataset"]["sha256"]
         before = self.config["args"]
-        if before.get("exploit_only") and not self.args.exploit_only and not self.finished:
+        if before.get("exploit_only") and not args.exploit_only:
             fail(f"{self.path} retrains on the data of another run; give --exploit-only and that run again")
-        changed = [k for k, v in asdict(self.args).items() if k not in MAY_CHANGE and before[k] != v]
-        if changed:
+        if changed := [k for k, v in asdict(args).items() if k not in MAY_CHANGE and before[k] != v]:
             was = ", ".join(f"--{name.replace('_', '-')} was {before[name]}" for name in changed)
             fail(f"--resume needs the settings that {self.path} was started with: {was}")
-        if self.args.compile == "auto" and before["compile"] == "off":
-            self.args.compile = "off"
+        if (self.path / "results.json").exists():
+            print(f"{self.path} is finished; its results.json holds the table")
+            raise SystemExit(0)
+        self.lock()
+        if args.compile == "auto" and before["compile"] == "off":
+            args.compile = "off"
+        self.device = setup_torch(args)
+        saved = read_checkpoint(self.path, self.config, self.device)
+        self.models, self.progress, self.sizes = saved["models"], saved["progress"], saved["sizes"]
+        self.replay_sum = saved["replay_sum"]
 
     def lock(self):
         """One process a directory; death releases it."""
@@ -1634,12 +1615,7 @@ class Run:
         if self.data_sha256 not in (None, dataset["sha256"]):
             fail(f"the offline data {dataset['source']} is not what the run was started with (sha256 differs)")
         start = provenance(self.device) | {"compile": self.args.compile}
-        new = self.config is None
-        if not new:
-            last = (self.config["resumed"] or [self.config])[-1]
-            for name in ("script_sha256", "versions", "hardware"):
-                if start[name] != last[name]:
-                    print(f"resumed with other {name}: {start[name]}, before: {last[name]}")
+        if self.config:
             self.config["resumed"].append(start)
         else:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -1655,7 +1631,7 @@ class Run:
         self.files = {name: open(self.path / name, "ab", buffering=0) for name in self.FILES}
         for name, file in self.files.items():
             file.truncate(self.sizes[name])
-        if new:
+        if not (self.path / "checkpoint.pt").exists():
             self.checkpoint()  # a run that has a config.json and no checkpoint.pt has lost it
         write_json(self.path / "config.json", self.config)
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
@@ -1792,9 +1768,8 @@ def read_source(run):
         fail(f"--retrain-at {max(times)}: {source} holds {saved['progress']['env_step']} online transitions")
     for t in times if getattr(run.args, "retrain_frozen_rnd", False) else ():
         load_torch(source / f"rnd_{t}.pt", run.device, config["run_id"])
-    wanted = [f"exploration {t}" for t in times]
-    scores = saved["progress"]["scores"]
-    run.progress["scores"] |= {name: scores[name] for name in wanted if name in scores}
+    scores, wanted = saved["progress"]["scores"], {f"exploration {t}" for t in times}
+    run.progress["scores"] |= {name: score for name, score in scores.items() if name in wanted}
     run.progress["diverged"] |= {k: v for k, v in saved["progress"]["diverged"].items() if k == "exploration"}
     run.source_id = config["run_id"]
     run.data_seed, run.data_sha256 = config["args"]["seed"], config["dataset"]["sha256"]

@@ -81,11 +81,11 @@ Steps = Annotated[int, Field(ge=0, le=10**10)]  # 0: none
 Count = Annotated[int, Field(ge=1, le=10**10)]
 Width = Annotated[int, Field(ge=1, le=4096)]
 Real = Annotated[float, Field(ge=-1e9, le=1e9)]
-Factor = Annotated[float, Field(ge=0, le=1e6)]
+NonNegative = Annotated[float, Field(ge=0, le=1e6)]
 Positive = Annotated[float, Field(gt=0, le=1e6)]
 Rate = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
-Inside = Annotated[float, Field(gt=0, lt=1)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
 LogStd = Annotated[float, Field(ge=-20, le=2)]
 Name = Annotated[str, Field(pattern=r"^\w[\w.+=,-]{0,99}$")]  # names a folder
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -123,23 +123,23 @@ class Args:
     # --- IQL: pretraining and online phase ---
     hidden_dims: tuple[Width, ...] = (64, 64)  # hidden layers of actor, critic and value
     num_frequencies: Width = 24  # random frequencies whose sines and cosines the networks see beside the position
-    frequency: Factor = 2.0  # their standard deviation, in radians per unit of length: low ones generalise further
+    frequency: NonNegative = 2.0  # their standard deviation, in radians per unit of length: low ones generalise further
     batch_size: Count = 64  # transitions of one gradient step, for each member
     learning_rate: Rate = 1e-3  # Adam's rate for actor, critic and value
     gamma: Share = 0.95  # discount
     tau: Rate = 0.01  # Polyak rate of the target critic, per gradient step
-    expectile: Inside = 0.9  # IQL's tau in (0.5, 1): closer to 1 means closer to a max over actions
+    expectile: Fraction = 0.9  # IQL's tau in (0.5, 1): closer to 1 means closer to a max over actions
     temperature: Positive = 10.0  # multiplies the advantage in exp(temperature * A); eq. 3 divides by beta
     log_std_min: LogStd = -1.0  # lower clip of the policy's log standard deviation (upper: 2)
-    bonus_coef: tuple[Factor, ...] = (0.0, 5.0)  # c of c / sqrt(n(s, a) + 1), each for all seeds; first 0: plain IQL
+    bonus_coef: tuple[NonNegative, ...] = (0.0, 5.0)  # c of c / sqrt(n(s, a) + 1), for all seeds; first 0: plain IQL
     # --- exploitation: most of its data is aimless, and the goal is smaller than a step ---
     retrain_upsample: Steps = 8  # transitions of each batch drawn from those into the goal (section 4.2); 0: uniform
     retrain_batch_size: Count = 256  # batch_size of the retraining, and so on
     retrain_learning_rate: Rate = 3e-4
     retrain_gamma: Share = 0.95
     retrain_tau: Rate = 0.02
-    retrain_frequency: Factor = 6.0  # high ones let values jump at the wall
-    retrain_expectile: Inside = 0.97
+    retrain_frequency: NonNegative = 6.0  # high ones let values jump at the wall
+    retrain_expectile: Fraction = 0.97
     retrain_temperature: Positive = 300.0
     # --- tracking ---
     track: bool = False  # send metrics to wandb as well
@@ -410,7 +410,7 @@ def make_update(args, buffer, agents, optimistic):
         bonus = coefs / (buffer.count(rows) + 1).sqrt() if optimistic else 0.0  # choice 5
         return iql_update(agents, batch, bonus, **options)
 
-    return faster(args, update)
+    return compile_update(args, update)
 
 
 # === algorithm 1 ===
@@ -509,8 +509,6 @@ def log_losses(run, args, policy, phase, env_step, grad_step, losses, **extra):
 def main(args):
     # Build and restore. Nothing is written before run.begin().
     run = Run(args, grad_step=0, env_step=0, retrain_step=0, diverged={})
-    if run.finished:
-        return print_table(run)
     data_from = read_source(run) if args.exploit_only else run.saved_replay()
     data, dataset = load_dataset(args)
     buffer = ReplayBuffer(data, args.online_steps, run.device)
@@ -608,18 +606,15 @@ class ReplayBuffer:
         return self.online()[env_step:].cpu().numpy().tobytes()
 
     def load(self, path, size, checksum, count):
-        """Append the `count` rows of all members in the first `size` bytes of a replay.bin, part by part; exit 2 unless
-        these bytes are those that were written."""
-        width, found, end = 28 * len(self.members), 0, self.size + count
-        with open(path, "rb") if size else io.BytesIO() as file:
-            while chunk := file.read(min(4096 * width, size)):
-                size -= len(chunk)
-                found = zlib.crc32(chunk, found)
-                if self.size < end and len(chunk) % width == 0:
-                    rows = torch.frombuffer(bytearray(chunk), dtype=torch.float32).view(-1, len(self.members), 7)
-                    self.extend(rows[: end - self.size].to(self.data.device))
-        if size or found != checksum or self.size != end:
+        """Append the `count` rows of all members in the first `size` bytes of a replay.bin; exit 2 unless these bytes
+        are those that were written."""
+        stored = np.memmap(path, np.uint8, "c")[:size] if size else np.empty(0, np.uint8)  # not a copy in memory
+        width = 28 * len(self.members)
+        if len(stored) != size or zlib.crc32(stored) != checksum or size < count * width:
             fail(f"{path} is not as it was written (its checksum differs); restore it, or start the run again")
+        rows = stored[: count * width].view(np.float32).reshape(count, len(self.members), 7)
+        for part in torch.from_numpy(rows).split(4096):
+            self.extend(part.to(self.data.device))
 
     def last_positions(self):
         """Where the members are, (members, 2), and how many steps ago their first episode, or the one after their last
@@ -872,6 +867,7 @@ def tyro_cli(argv, default):
             return tyro.cli(Args, args=argv, default=default, description=__doc__)
     except SystemExit as stop:
         text = re.sub(r"[\s\u2500-\u257f]+", " ", box.getvalue())
+        text = re.sub(r"^ ?(.+) (?=\1)", "", text, flags=re.IGNORECASE)  # a title that the text repeats
         if outside := re.search(r"for Args (\w+)\S* (.*?) \[type=\w+, input_value=(.*?), input_type", text):
             text = f"--{outside[1].replace('_', '-')} {outside[3]}: {outside[2]}"
         if stop.code:
@@ -951,7 +947,7 @@ def setup_torch(args):
     return device
 
 
-def faster(args, update):
+def compile_update(args, update):
     """update(rows) -> losses as --compile and --cudagraphs want it."""
     if args.compile == "on":
         torch.compiler.reset()  # graphs of an earlier phase's networks
@@ -1055,7 +1051,7 @@ class Run:
     signal = None  # the one that has come
 
     def __init__(self, args, **progress):
-        """progress: the counters and scores of a new run."""
+        """progress: the counters and scores of a new run. Of one that is to be continued: what the checkpoint holds."""
         self.args = args
         self.progress = progress
         self.path = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}"
@@ -1065,39 +1061,33 @@ class Run:
         self.sizes, self.replay_sum = dict.fromkeys(self.FILES, 0), 0
         self.data_seed, self.data_sha256 = args.seed, None  # of the offline data; --exploit-only: the source's
         self.wandb = None
-        self.finished = False
         self.updates, self.clock = 0, time.perf_counter()
-        known = (self.path / "config.json").exists()
-        if known and not args.resume:
-            fail(f"{self.path} exists; continue it with --resume, or choose another --seed or --exp-name")
-        if not known and any(p.stat().st_size for name in self.FILES for p in self.path.glob(name)):
-            fail(f"{self.path} has records but no config.json; restore it, or choose another --seed or --exp-name")
-        if known:
-            self.read_settings()
-        if not self.finished:
+        if not (self.path / "config.json").exists():
+            if any(p.stat().st_size for name in self.FILES for p in self.path.glob(name)):
+                fail(f"{self.path} has records but no config.json; restore it, or choose another --seed or --exp-name")
             self.device = setup_torch(args)
-        if known and not self.finished:
-            saved = read_checkpoint(self.path, self.config, self.device)
-            self.models, self.progress, self.sizes = saved["models"], saved["progress"], saved["sizes"]
-            self.replay_sum = saved["replay_sum"]
-
-    def read_settings(self):
-        """config.json of a run that is to be continued; exit 2 if it has other settings."""
-        if not (self.path / "results.json").exists():
-            self.lock()
-        self.finished = (self.path / "results.json").exists()
+            return
+        if not args.resume:
+            fail(f"{self.path} exists; continue it with --resume, or choose another --seed or --exp-name")
         self.config = read_config(self.path)
         self.id, self.source_id = self.config["run_id"], self.config["source_run_id"]
         self.data_sha256 = self.config["dataset"]["sha256"]
         before = self.config["args"]
-        if before.get("exploit_only") and not self.args.exploit_only and not self.finished:
+        if before.get("exploit_only") and not args.exploit_only:
             fail(f"{self.path} retrains on the data of another run; give --exploit-only and that run again")
-        changed = [k for k, v in asdict(self.args).items() if k not in MAY_CHANGE and before[k] != v]
-        if changed:
+        if changed := [k for k, v in asdict(args).items() if k not in MAY_CHANGE and before[k] != v]:
             was = ", ".join(f"--{name.replace('_', '-')} was {before[name]}" for name in changed)
             fail(f"--resume needs the settings that {self.path} was started with: {was}")
-        if self.args.compile == "auto" and before["compile"] == "off":
-            self.args.compile = "off"
+        if (self.path / "results.json").exists():
+            print(f"{self.path} is finished; its results.json holds the table")
+            raise SystemExit(0)
+        self.lock()
+        if args.compile == "auto" and before["compile"] == "off":
+            args.compile = "off"
+        self.device = setup_torch(args)
+        saved = read_checkpoint(self.path, self.config, self.device)
+        self.models, self.progress, self.sizes = saved["models"], saved["progress"], saved["sizes"]
+        self.replay_sum = saved["replay_sum"]
 
     def lock(self):
         """One process a directory; death releases it."""
@@ -1116,12 +1106,7 @@ class Run:
         if self.data_sha256 not in (None, dataset["sha256"]):
             fail(f"the offline data {dataset['source']} is not what the run was started with (sha256 differs)")
         start = provenance(self.device) | {"compile": self.args.compile}
-        new = self.config is None
-        if not new:
-            last = (self.config["resumed"] or [self.config])[-1]
-            for name in ("script_sha256", "versions", "hardware"):
-                if start[name] != last[name]:
-                    print(f"resumed with other {name}: {start[name]}, before: {last[name]}")
+        if self.config:
             self.config["resumed"].append(start)
         else:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -1137,7 +1122,7 @@ class Run:
         self.files = {name: open(self.path / name, "ab", buffering=0) for name in self.FILES}
         for name, file in self.files.items():
             file.truncate(self.sizes[name])
-        if new:
+        if not (self.path / "checkpoint.pt").exists():
             self.checkpoint()  # a run that has a config.json and no checkpoint.pt has lost it
         write_json(self.path / "config.json", self.config)
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):

@@ -469,7 +469,7 @@ def test_kitchen_cumulative_reaches_the_data(tiny, session, capsys):
 
 def test_eval_only(session, source, capsys):
     seeds = []
-    session.spy("evaluate", lambda env, agent, episodes, seed: seeds.append(seed))
+    session.spy("evaluate", lambda env, agent, episodes, seed, frames: seeds.append(seed))
     summary = session.run("--eval-only", source, "--episodes", 3)
     out = capsys.readouterr().out
     result = json.loads((source / "exploitation_90_eval.json").read_text())
