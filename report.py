@@ -146,6 +146,7 @@ class Record:
     results: dict | None  # results.json of a finished run
     metrics: list = field(repr=False)
     cells: dict = field(default_factory=lambda: {"exploration": {}, "exploitation": {}})
+    source: "Record | None" = None  # the run whose data or networks it has, if that is in the folders too
 
     def label(self, policy):
         """The paper's name of the method, with --exp-name where that says something else; a copied script's own."""
@@ -250,6 +251,9 @@ def read_all(args):
                 line = f"{path.as_posix()} is left out, it cannot be read: {reason}"
                 left_out.append(plain(line))
                 print(re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", line), file=sys.stderr)
+    by_id = {record.config["run_id"]: record for record in records if "run_id" in record.config}
+    for record in records:
+        record.source = by_id.get(record.config.get("source_run_id"))
     if not records:
         fail(f"no run directory (config.json, metrics.jsonl) in {' '.join(args.folders)}; start some with reproduce.py")
     return records, left_out
@@ -311,6 +315,8 @@ def settings_of(record, policy, t):
     # A random subset of the data is another one for every seed.
     kept["data"] = data.get("source") if kept.get("data_subset") else data.get("sha256")
     kept["script"] = history(script_id(start) for start in record.starts)
+    if record.source:
+        kept["script of the source"] = history(script_id(start) for start in record.source.starts)
     for name in dict.fromkeys(name for start in record.starts for name in start["versions"]):
         kept[f"version of {name}"] = history(start["versions"].get(name) for start in record.starts)
     return {**kept, "t": t, "episodes": record.cells[policy][t]["episodes"]}

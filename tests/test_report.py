@@ -382,6 +382,21 @@ def test_retrainings_on_the_data_of_one_run_are_not_two_seeds(tmp_path, capsys):
     assert "data of one run" in capsys.readouterr().err
 
 
+def test_retrainings_on_data_of_two_script_texts_are_not_averaged(tmp_path, capsys):
+    for seed, text in ((1, "0"), (2, "0"), (3, "1")):
+        make_run(tmp_path / "runs", "iql_ooo", reproduce.UMAZE, seed, {700: 5.0}, {700: 8.0}, run_id=f"source {seed}",
+                 script_sha256=text * 64)
+        make_run(tmp_path / "runs", "iql_ooo", reproduce.UMAZE, seed, {}, {700: 9.0}, ("--retrain-upsample", "0"),
+                 run_id=f"own {seed}", source_run_id=f"source {seed}")
+        if seed == 2:
+            run_report(tmp_path)
+    text = run_report(tmp_path, "--mixed")
+    assert score_of(text, "Other runs", reproduce.UMAZE)["OOO without upsampling"] == "9.0 [9.0, 9.0]<br>9.0"
+    with pytest.raises(SystemExit):
+        run_report(tmp_path, "--exclude", "*__iql_ooo4__*")  # the source of seed 3: its text is not known
+    assert "script of the source 000000000000 and None" in capsys.readouterr().err
+
+
 def test_a_mean_over_fewer_seeds_says_so(tmp_path):
     for seed in (1, 2, 3):
         far = {} if seed == 3 else dict(far=0.5)
