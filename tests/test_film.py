@@ -12,6 +12,7 @@ from PIL import Image
 
 import iql_ooo
 import pex
+import rlpd_ooo
 from tools import film
 
 UMAZE, PEN, CPU = "maze2d-missing-data-umaze-v1", "pen-binary-v0", torch.device("cpu")
@@ -92,6 +93,16 @@ def test_a_rendered_task(tmp_path, monkeypatch):
     film.main([str(run), "--episodes", "1", "--out", str(tmp_path / "pen.gif")])
     with Image.open(tmp_path / "pen.gif") as picture:
         assert picture.convert("RGB").getextrema() != ((255, 255),) * 3
+
+
+def test_a_goal_of_the_run_is_in_the_film(monkeypatch):
+    made, cheetah = [], "halfcheetah-sparse-v2"
+    monkeypatch.setattr(film, "choose_gl", lambda: None)
+    script = SimpleNamespace(TASKS={cheetah: rlpd_ooo.TASKS[cheetah]})
+    script.make_env = lambda env_id, mode: made.append(script.TASKS[env_id].kwargs["goal_x"]) or 1 / 0
+    with pytest.raises(SystemExit):
+        film.film(script, SimpleNamespace(env_id=cheetah, goal_x=-0.5), {}, 1)
+    assert made == [-0.5]
 
 
 def test_a_film_is_cut_to_its_limit(monkeypatch):

@@ -397,6 +397,19 @@ def test_retrainings_on_data_of_two_script_texts_are_not_averaged(tmp_path, caps
     assert "script of the source 000000000000 and None" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flag", ["--warm-start", "--sync"])
+def test_retrainings_that_begin_with_others_are_not_averaged(flag, tmp_path, capsys):
+    """The retraining at 700 is another one after one at 300. From scratch it is the same."""
+    for own, folder in (((), "scratch"), ((flag,), "warm")):
+        for seed, times in ((1, ("700",)), (2, ("300", "700"))):
+            make_run(tmp_path / folder, "iql_ooo", reproduce.UMAZE, seed, {}, {700: 9.0},
+                     (*own, "--online-steps", "700", "--retrain-at", *times))
+    run_report(tmp_path, runs=tmp_path / "scratch")
+    with pytest.raises(SystemExit):
+        run_report(tmp_path, runs=tmp_path / "warm")
+    assert "retrain_at" in capsys.readouterr().err
+
+
 def test_a_mean_over_fewer_seeds_says_so(tmp_path):
     for seed in (1, 2, 3):
         far = {} if seed == 3 else dict(far=0.5)

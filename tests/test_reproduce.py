@@ -278,6 +278,15 @@ def test_ctrl_c_and_a_failing_disk_are_one_line(tmp_path):
         assert result.returncode == code and result.stderr.count("\n") == 1 and words in result.stderr, result.stderr
 
 
+def test_a_link_named_like_a_temporary_file_is_not_followed(tmp_path):
+    mine, path = tmp_path / "mine", tmp_path / "x"
+    mine.write_text("precious")
+    (tmp_path / f".x.{os.getpid()}.tmp").symlink_to(mine)
+    reproduce.write_whole(path, b"new")
+    assert path.read_bytes() == b"new" and not path.is_symlink() and mine.read_text() == "precious"
+    assert sorted(tmp_path.iterdir()) == [mine, path]
+
+
 def test_progress_counts_the_steps_of_all_phases(tmp_path):
     run = expand("figure4", "--seeds", "1", "--only", "pen-binary-v0", "--algorithms", "iql_ooo")[0]
     assert reproduce.progress(run, tmp_path) == {}

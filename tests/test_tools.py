@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -46,6 +47,13 @@ def test_a_run_of_every_script_is_drawn(script, runs, no_data, tmp_path, monkeyp
 def test_several_runs_go_into_one_figure(runs, tmp_path):
     plot_run.main([str(runs[script]) for script in SCRIPTS[:-1]] + ["--out", str(tmp_path / "x.png")])
     assert (tmp_path / "x.png").stat().st_size > 10_000
+
+
+def test_the_explorer_of_a_retraining_is_known_by_its_id(runs):
+    args, source = SimpleNamespace(exploit_only=str(runs["iql_ooo"])), plot_run.open_run(runs["iql_ooo"])
+    mine, other = (SimpleNamespace(args=args, config={"source_run_id": run_id})
+                   for run_id in (source.config["run_id"], "x"))
+    assert plot_run.explorer_of(mine).path == source.path and plot_run.explorer_of(other) is None
 
 
 def test_online_rows_are_read(runs, tmp_path):
