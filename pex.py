@@ -40,7 +40,6 @@ where a choice acts.
 10. Today's packages: docs/tasks.md (signs, horizons, mazes, goals, noise). The two small mazes are not of the paper.
 """
 
-import errno
 import hashlib
 import io
 import json
@@ -156,7 +155,6 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 LogStd = Annotated[float, Field(ge=-20, le=2)]
 Name = Annotated[str, Field(pattern=r"^\w[\w.+=,-]{0,99}$")]  # names a folder
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 # === arguments ===
@@ -164,7 +162,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 class Args:
     # --- experiment ---
     env_id: Literal[tuple(TASKS)] = "hammer-truncated-expert-v1"  # task
-    seed: Seed = 1  # seed of everything random in the run
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1  # seed of everything random in the run
     exp_name: Name = re.sub(r"[^\w.+=,-]", "_", Path(__file__).stem)  # middle part of the run directory's name
     runs_dir: str = "runs"  # folder of the run directories
     scale: Positive = 1.0  # multiplies every budget and interval; episodes of evaluations shrink with it, to 5 at least
@@ -236,7 +234,6 @@ def invalid_combinations(args):
         (list(args.save_at) != sorted(set(args.save_at)), "--save-at must rise"),
         (last > args.online_steps, f"--save-at {last} lies outside the online budget of {args.online_steps} steps"),
         (args.q_reward_bounds and args.q_reward_bounds[0] > args.q_reward_bounds[1], "--q-reward-bounds must rise"),
-        (args.video and not args.eval_only, "--video goes with --eval-only"),
         (args.dataset_id and args.dataset_path, "give --dataset-id or --dataset-path, not both"),
         (not args.bootstrap_at_cut and not args.truncate_episodes, "--no-bootstrap-at-cut needs --truncate-episodes"),
     )
@@ -300,23 +297,12 @@ class Stack(nn.Module):
                 nn.init.orthogonal_(member, gain=2**0.5)
 
     def forward(self, x: torch.Tensor, dropout: float = 0.0) -> torch.Tensor:
+        layers = list(zip(self.weights, self.biases, strict=True))
         x = x.expand(len(self.weights[0]), -1, -1)
-        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = affine(x, weight, bias)
-            if i < len(self.weights) - 1:
-                x = F.relu(x)
-                x = F.dropout(x, dropout) if dropout else x
-        return x
-
-
-class Value(Stack):
-    """V(s): (batch, obs_dim) -> (batch,)."""
-
-    def __init__(self, obs_dim: int, hidden_dims: tuple[int, ...]):
-        super().__init__(1, (obs_dim, *hidden_dims, 1))
-
-    def forward(self, observations: torch.Tensor) -> torch.Tensor:
-        return super().forward(observations)[0, :, 0]
+        for weight, bias in layers[:-1]:
+            x = F.relu(affine(x, weight, bias))
+            x = F.dropout(x, dropout) if dropout else x
+        return affine(x, *layers[-1])
 
 
 class Critic(Stack):
@@ -361,11 +347,10 @@ class Agent(nn.Module):
         super().__init__()
         self.options = dict(obs_dim=obs_dim, act_dim=act_dim, hidden_dims=list(hidden_dims), **actor_options)
         self.actor = Actor(obs_dim, act_dim, hidden_dims, **actor_options)
-        self.critic = Critic(obs_dim, act_dim, hidden_dims)
-        self.critic_target = Critic(obs_dim, act_dim, hidden_dims)
+        self.critic, self.critic_target = (Critic(obs_dim, act_dim, hidden_dims) for _ in range(2))
         self.critic_target.load_state_dict(self.critic.state_dict())
         self.critic_target.requires_grad_(False)
-        self.value = Value(obs_dim, hidden_dims)
+        self.value = Stack(1, (obs_dim, *hidden_dims, 1))  # V(s): (batch, obs_dim) -> (1, batch, 1)
         self.to(device)
         self.value_optimizer = Adam(self.value.parameters(), learning_rate)
         self.critic_optimizer = Adam(self.critic.parameters(), learning_rate)
@@ -395,7 +380,7 @@ class PEXAgent(nn.Module):
                             inv_temperature=inv_temperature, epsilon=epsilon)
         self.actor, self.offline_actor = (Actor(obs_dim, act_dim, hidden_dims, log_std_min) for _ in range(2))
         self.critic, self.critic_target = (Critic(obs_dim, act_dim, hidden_dims) for _ in range(2))
-        self.value = Value(obs_dim, hidden_dims)
+        self.value = Stack(1, (obs_dim, *hidden_dims, 1))
         self.offline_actor.requires_grad_(False)
         self.critic_target.requires_grad_(False)
         self.inv_temperature = inv_temperature
@@ -468,12 +453,12 @@ def iql_update(agent, batch, bonus=0.0, *, expectile, temperature, gamma, tau, d
     with torch.no_grad():
         q_target = agent.critic_target(observations, actions)
     # --- V: expectile regression toward the (bounded) target Q ---
-    v = agent.value(observations)
+    v = agent.value(observations)[0, :, 0]
     value_loss = expectile_loss(q_target.clamp(q_min, q_max).amin(0) - v, expectile)
     agent.value_optimizer.minimize(value_loss)
     # --- Target: the new V; masks is 0 only at true terminals. The bonus comes after the clip (official code) ---
     with torch.no_grad():
-        next_v, v = agent.value(torch.cat([batch["next_observations"], observations])).chunk(2)
+        next_v, v = agent.value(torch.cat([batch["next_observations"], observations]))[0, :, 0].chunk(2)
         target = (batch["rewards"] + gamma * batch["masks"] * next_v).clamp(q_min, q_max) + bonus
     # --- Q: mean over the ensemble and the batch ---
     q = agent.critic(observations, actions)
@@ -500,10 +485,10 @@ def pex_update(agent, batch, *, expectile, temperature, gamma, tau, q_min=-np.in
     observations, actions = batch["observations"], batch["actions"]
     with torch.no_grad():
         q_target = agent.critic_target(observations, actions).clamp(q_min, q_max).amin(0)
-        next_v = agent.value(batch["next_observations"])  # before V's step: choice 2
+        next_v = agent.value(batch["next_observations"])[0, :, 0]  # before V's step: choice 2
         target = (batch["rewards"] + gamma * batch["masks"] * next_v).clamp(q_min, q_max)
     # --- V: expectile regression ---
-    value_loss = expectile_loss(q_target - agent.value(observations), expectile)
+    value_loss = expectile_loss(q_target - agent.value(observations)[0, :, 0], expectile)
     agent.value_optimizer.minimize(value_loss)
     # --- Q: mean over the ensemble and the batch ---
     q = agent.critic(observations, actions)
@@ -515,7 +500,7 @@ def pex_update(agent, batch, *, expectile, temperature, gamma, tau, q_min=-np.in
     uniform = torch.rand(len(actions), device=actions.device) if uniform is None else uniform
     composed, from_learnt = agent.compose(observations, noise, uniform)
     with torch.no_grad():
-        v = agent.value(observations)
+        v = agent.value(observations)[0, :, 0]
         advantage = agent.critic_target(observations, composed).amin(0) - v  # of what was proposed: choice 4
         weight = (temperature * advantage).exp().clamp(max=100.0)  # choice 1
     actor_loss = -(weight * agent.actor.log_prob(observations, composed)).mean()
@@ -558,13 +543,13 @@ def pretrain(run, buffer, agent, eval_env):
         run.seed("pretrain", step)
         losses = update(buffer.sample(args.batch_size, buffer.offline_size))
         p["grad_step"] = step = step + 1
-        if at_interval(step, args.log_every, last):
+        if step % args.log_every == 0 or step == last:
             run.log_losses("policy", "pretrain", 0, step, losses, ceiling)
-        if at_interval(step, args.eval_every, last):
+        if step % args.eval_every == 0 or step == last:
             evaluate_and_log(run, eval_env, agent, "pretrain", 0, step)
         if step == last:
             save_policy(run, agent, "pretrained.pt")
-        if at_interval(step, args.checkpoint_every, last) or run.signal:
+        if step % args.checkpoint_every == 0 or step == last or run.signal:
             run.checkpoint(offline=agent)
 
 
@@ -598,7 +583,7 @@ def train(run, buffer, agent, env, eval_env):
                 p["grad_step"] += 1  # the batch: choice 7
                 if t % args.log_every == 0:
                     run.log_losses("policy", "online", t, p["grad_step"], losses, value_ceiling(args, buffer))
-            if at_interval(t, args.eval_every, args.online_steps) or t in args.save_at:
+            if t % args.eval_every == 0 or t == args.online_steps or t in args.save_at:
                 evaluate_and_log(run, eval_env, agent, "online", t, p["grad_step"])
             if t in args.save_at or t == args.online_steps:
                 final_evaluation(run, eval_env, agent, f"policy {t}")
@@ -610,7 +595,6 @@ def train(run, buffer, agent, env, eval_env):
             run.write("replay.bin", buffer.rows_since(saved))
             run.checkpoint(agent=agent)
             saved = p["env_step"]
-    bar.close()
 
 
 def value_ceiling(args, buffer):
@@ -643,7 +627,7 @@ def read_source(run):
     run.source_id = config["run_id"]
     run.progress["grad_step"] = max(run.progress["grad_step"], run.args.offline_steps)
     run.data_seed, run.data_sha256 = config["args"]["seed"], config["dataset"]["sha256"]
-    return load_torch(source / "pretrained.pt", run.device, run.source_id, SOURCES)["agent"]
+    return load_torch(source / "pretrained.pt", run.device, run.source_id)["agent"]
 
 
 def main(args):
@@ -662,7 +646,7 @@ def main(args):
     data, dataset = load_dataset(args, env, run.data_seed)
     dataset["seed"] = run.data_seed  # of --data-subset
     buffer = ReplayBuffer(data, args.online_steps, run.device)
-    buffer.load(*run.saved_replay())
+    buffer.load(*run.replay)
     run.seed("networks")
     dims = (buffer.obs_dim, buffer.act_dim, args.hidden_dims, args.learning_rate, run.device)
     offline = Agent(*dims, log_std_min=args.log_std_min)
@@ -684,9 +668,8 @@ def main(args):
 def save_policy(run, agent, name):
     """A policy that load_policy (and nothing else) needs. No observations are normalised; actions are make_env's, in
     [-1, 1]. All networks: for --init-from and those who analyse the values."""
-    save_torch(run.path / name, {"script": SCRIPT, "run_id": run.id, "env_id": run.args.env_id,
-                                 "options": agent.options, "observation_normalization": None,
-                                 "agent": agent.state_dict()})
+    save(run.path / name, {"script": SCRIPT, "run_id": run.id, "env_id": run.args.env_id, "options": agent.options,
+                           "observation_normalization": None, "agent": agent.state_dict()})
 
 
 def load_policy(path: str | Path) -> Agent | PEXAgent:
@@ -698,10 +681,9 @@ def load_policy(path: str | Path) -> Agent | PEXAgent:
     return agent
 
 
-# Below is plumbing: evaluation, replay, environments, data, command line, run directory. Nothing of the method.
-# It needs from above: SCRIPT, Task, TASKS, Args, BUDGETS, COMPILE_PAYS, count_updates, invalid_combinations and
-# load_policy. For a new algorithm, edit what is above and leave this part as it is; a new task is a row of TASKS
-# (docs/extending.md).
+# Below is plumbing: evaluation, replay, environments, data, command line, run directory. Nothing of the method. It
+# needs from above: SCRIPT, Task, TASKS, Args, BUDGETS, COMPILE_PAYS, count_updates, invalid_combinations, load_policy.
+# For a new algorithm edit what is above and leave this part as it is; a new task is a row of TASKS (docs/extending.md).
 
 
 # === evaluation (shared) ===
@@ -747,14 +729,13 @@ def final_evaluation(run, env, agent, name):
 
 
 def evaluate_saved(args, kinds):
-    """--eval-only: the last policy of the first of `kinds` that the run has, on start states of its own. --video: the
-    first three episodes as mp4. Where nothing can be written the score is printed all the same."""
+    """--eval-only: the last policy of the first of `kinds` that the run has, on start states of its own; the score is
+    printed before it is saved. --video: the first three episodes as mp4."""
     folder, frames = Path(args.eval_only), [] if args.video else None
-    found = [(kind, int(path.stem.split("_")[1])) for kind in kinds for path in folder.glob(f"{kind}_*[0-9].pt")]
-    if not found:
+    found = [sorted(folder.glob(f"{kind}_*[0-9].pt"), key=lambda path: int(path.stem.split("_")[1])) for kind in kinds]
+    if not any(found):
         fail(f"{folder} has no policy {kinds[0]}_*.pt yet; finish the run first (--resume)")
-    kind = found[0][0]
-    path = folder / f"{kind}_{max(t for name, t in found if name == kind)}.pt"
+    path = next(filter(None, found))[-1]
     load_torch(path, torch.device("cpu"), read_config(folder)["run_id"])  # it is a policy of this run
     agent, seed = load_policy(path), derive_seed(args.seed, "eval-only")
     torch.set_num_threads(args.torch_threads)
@@ -766,16 +747,12 @@ def evaluate_saved(args, kinds):
             raise
         fail(f"no video ({type(error).__name__}: {error}): set MUJOCO_GL=egl, or osmesa with libosmesa6 installed", 1)
     print(f"{path.name}: " + "  ".join(f"{key} {value:.4g}" for key, value in summary.items()))
-    try:
-        write_json(folder / f"{path.stem}_eval.json", {"policy": path.name, **summary, "per_episode": episodes})
-        if frames:
-            import imageio
+    save(folder / f"{path.stem}_eval.json", {"policy": path.name, **summary, "per_episode": episodes})
+    if frames:
+        import imageio
 
-            fps = env.metadata.get("render_fps", 30)
-            imageio.mimwrite(path.with_suffix(".mp4"), frames, fps=fps, macro_block_size=2)
-            print(f"video: {path.with_suffix('.mp4')} ({len(frames)} frames)")
-    except OSError as error:
-        fail(f"the score is above, but was not saved ({error})", 1)
+        imageio.mimwrite(path.with_suffix(".mp4"), frames, fps=env.metadata.get("render_fps", 30), macro_block_size=2)
+        print(f"video: {path.with_suffix('.mp4')} ({len(frames)} frames)")
     return summary
 
 
@@ -788,16 +765,13 @@ def report(run):
     records = map(json.loads, (run.path / "metrics.jsonl").read_text().splitlines())
     training = [{k.removeprefix("charts/episodic_"): r[k] for k in r if k == "env_step" or "episodic" in k}
                 for r in records if "charts/episodic_return" in r]
-    write_json(run.path / "results.json", {
+    save(run.path / "results.json", {
         "script": SCRIPT, "env_id": run.args.env_id, "exp_name": run.args.exp_name, "seed": run.args.seed,
         "run_id": run.id, "source_run_id": run.source_id, "rows": rows, "training_episodes": training,
         "diverged": diverged})
-    print(f"\n{run.args.env_id}, seed {run.args.seed}, {run.args.final_episodes} episodes: score (success rate)")
-    print(f"{'env step':>10}" + "".join(f"{policy:>20}" for policy in policies))
-    for row in rows:
-        cells = [f"{s['eval/normalized_score']:.1f} ({s['eval/success_rate']:.1%})" if s else "-"
-                 for s in (row[policy] for policy in policies)]
-        print(f"{row['env_step']:>10}" + "".join(f"{cell:>20}" for cell in cells))
+    print(f"\n{run.args.env_id}, seed {run.args.seed}, {run.args.final_episodes} episodes of each policy")
+    for name, found in scores.items():
+        print(f"{name:>24}: score {found['eval/normalized_score']:.1f}, success {found['eval/success_rate']:.1%}")
     for policy, where in diverged.items():
         print(f"{policy} has diverged: {where}")
     print(f"saved in {run.path}")
@@ -824,18 +798,15 @@ class ReplayBuffer:
             self.data[: self.size, column] = torch.as_tensor(data[name]).to(device)
 
     def add(self, **transition):
-        row = np.empty(self.width, np.float32)
-        for name, column in self.columns.items():
-            row[column] = transition[name]
-        self.data[self.size] = torch.from_numpy(row)
+        self.data[self.size] = torch.from_numpy(np.hstack([transition[name] for name in self.columns]))
         self.size += 1
 
-    def sample(self, batch_size, first=None, high_rows=(), extra=0):
-        """Rows (batch_size, width) drawn uniformly from the first `first` transitions (None: all), `extra` of them from
-        the indices `high_rows` instead."""
-        rows = torch.randint(first or self.size, (batch_size - extra,), device=self.data.device)
-        if extra:
-            rows = torch.cat([rows, high_rows[torch.randint(len(high_rows), (extra,), device=self.data.device)]])
+    def sample(self, batch_size, size=None, high_rows=(), num_high=0):
+        """Rows (batch_size, width) drawn uniformly from the first `size` transitions (None: all), `num_high` of them
+        from the indices `high_rows` instead."""
+        rows = torch.randint(size or self.size, (batch_size - num_high,), device=self.data.device)
+        if num_high:
+            rows = torch.cat([rows, high_rows[torch.randint(len(high_rows), (num_high,), device=self.data.device)]])
         return self.data.index_select(0, rows)
 
     def split(self, rows):
@@ -844,10 +815,6 @@ class ReplayBuffer:
 
     def first(self, n):
         return self.split(self.data[:n])
-
-    def last(self, n):
-        """The last n online transitions, or as many as there are."""
-        return self.split(self.data[max(self.offline_size, self.size - n) : self.size])
 
     def rows_since(self, env_step):
         """The online rows from env_step on, as the bytes of replay.bin."""
@@ -875,13 +842,12 @@ FIXED_LENGTH = ("pen", "door", "relocate", "hammer", "kitchen", "maze2d")
 def flatten_observation(task, obs):
     """Today's observation (array, or dict of arrays with leading axes) as D4RL's vector, float32. An array is one
     already (tools/export_minari.py)."""
-    if not isinstance(obs, dict):
-        pass
-    elif task.family == "kitchen":  # robot qpos 9, object qpos 21; without velocities and without the constant goal
+    family = task.family if isinstance(obs, dict) else None
+    if family == "kitchen":  # robot qpos 9, object qpos 21; without velocities and without the constant goal
         obs = np.concatenate([obs["observation"][..., 0:9], obs["observation"][..., 18:39]], axis=-1)
-    elif task.family == "antmaze":
+    elif family == "antmaze":
         obs = np.concatenate([obs["achieved_goal"], obs["observation"][..., :27]], axis=-1)
-    elif task.family == "maze2d":
+    elif family == "maze2d":
         obs = obs["observation"]
     return np.asarray(obs).astype(np.float32, casting="same_kind", copy=False)  # text and complex numbers are refused
 
@@ -915,8 +881,9 @@ class TaskEnv(gym.Wrapper):
     depends on the seed alone. info["success"]: of this step; info["start_distance"] at a reset in a maze: cells on the
     shortest path from the start to the goal."""
 
-    def __init__(self, env: gym.Env, task: Task):
+    def __init__(self, env: gym.Env, task: Task, data_action_space: gym.spaces.Box):
         super().__init__(env)
+        self.data_action_space = data_action_space  # offline actions are the environment's own
         self.task, self.rng, self.goal, self.center = task, np.random.default_rng(0), None, None
         obs = flatten_observation(task, env.observation_space.sample())
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, obs.shape, np.float32)
@@ -993,9 +960,7 @@ def make_env(env_id: str, render_mode: str | None = None) -> TaskEnv:
         fail(f"{env_id}: actions must be vectors within bounds, not {space}")
     if (space.low != -1).any() or (space.high != 1).any():
         env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
-    env = TaskEnv(env, task)
-    env.data_action_space = space  # offline actions are the environment's own
-    return env
+    return TaskEnv(env, task, space)
 
 
 # === offline data (shared) ===
@@ -1045,8 +1010,6 @@ def read_minari(args, env, dataset_ids):
     """Columns of Minari datasets ('ID', or 'ID:N' for N episodes), episode after episode, rewards as stored (kitchen:
     counted from the goals). An episode that an earlier dataset already holds is not taken again."""
     task, episodes, seen = env.task, [], set()
-    if not dataset_ids:
-        fail(f"{args.env_id} has no dataset of its own; give --dataset-id or --dataset-path")
     for spec in dataset_ids:
         dataset_id, _, limit = spec.partition(":")
         try:
@@ -1076,7 +1039,7 @@ def read_minari(args, env, dataset_ids):
                  f"download {dataset_id}` where there is a network and set MINARI_DATASETS_PATH, or give --dataset-id "
                  "or --dataset-path; mazes: tools/collect_pointmaze.py makes data")
     if not episodes:
-        fail(f"no episode in {' '.join(dataset_ids)}; give another --dataset-id")
+        fail(f"{args.env_id}: no episode in its datasets {' '.join(dataset_ids)}; give --dataset-id or --dataset-path")
     return {name: np.concatenate([episode[name] for episode in episodes]) for name in episodes[0]}
 
 
@@ -1088,9 +1051,8 @@ def read_npz(path, env):
     task, where = env.task, f"--dataset-path {path}"
     try:
         with np.load(path, allow_pickle=False) as file:
-            data = {name: np.squeeze(file[name]) for name in keys if name in file.files or name in keys[:4]}
-            for name in {"observations", "actions", "next_observations"} & data.keys():
-                data[name] = data[name][:, None] if data[name].ndim == 1 else data[name]  # a width of 1 is kept
+            data = {name: file[name] for name in keys if name in file.files or name in keys[:4]}
+            data |= {name: data[name].squeeze(1) for name in keys[2:5] if name in data and data[name].ndim == 2}
         if task.family == "kitchen":  # D4RL appends the constant goal to the 30 numbers
             data |= {name: data[name][:, :30] for name in ("observations", "next_observations") if name in data}
         data = check_columns(where, env, data)
@@ -1102,21 +1064,17 @@ def read_npz(path, env):
     ends = terminals | timeouts
     if "next_observations" in data:
         breaks = np.append((data["next_observations"][:-1] != observations[1:]).any(1), True)
-        if "timeouts" in data and (breaks & ~ends)[:-1].any():
-            fail(f"{where}: next_observations of row {(breaks & ~ends).argmax()} do not continue in the next row, and "
-                 "neither terminals nor timeouts mark an end there; leave timeouts out, or put them right")
-        if own and (terminals & ~breaks).any():
-            fail(f"{where}: terminals mark an end in row {(terminals & ~breaks).argmax()}, and its next_observations "
-                 "continue in the next row; put them right")
+        wrong = (breaks & ~ends & ("timeouts" in data)) | (terminals & ~breaks & own)
+        if wrong[:-1].any():
+            fail(f"{where}: next_observations of row {wrong.argmax()} and terminals or timeouts contradict each other "
+                 "about an end there; leave timeouts out, or put them right")
         ends = ends if "timeouts" in data else ends | breaks
     elif "timeouts" not in data and not terminals[-1]:
         fail(f"{where}: nothing marks where episodes end; give timeouts or next_observations")
-    late = np.flatnonzero(terminals[:-1] & ~terminals[1:] & timeouts[1:]).tolist()
-    early = np.flatnonzero(timeouts[:-1] & ~terminals[:-1] & terminals[1:]).tolist()
-    if own and 2 * len(early) > terminals.sum():  # more than a one-step episode
-        fail(f"{where}: timeouts mark an end in row {early[0]} and terminals one row later; put them right")
-    if late and task.family != "antmaze":  # there terminals are steps at the goal, and an ant may leave it
-        fail(f"{where}: terminals mark an end in row {late[0]} and timeouts one row later; put them right")
+    twice = ends[:-1] & ends[1:] & (terminals[:-1] != terminals[1:])
+    if twice.any() and task.family != "antmaze":  # there terminals are steps at the goal, and an ant may leave it
+        fail(f"{where}: row {twice.argmax()} is an end and the next row another, by terminals and by timeouts or "
+             "next_observations; put them right")
     longest = int(np.diff(np.flatnonzero(np.append(ends[:-1], True)), prepend=-1).max())
     if longest > task.horizon + (task.family == "antmaze"):  # D4RL's antmaze records one step more
         fail(f"{where} has an episode of {longest} transitions, and this task's have {task.horizon} at most; mark "
@@ -1128,8 +1086,7 @@ def read_npz(path, env):
         keep[-1] &= ends[-1]
     data["episodes"] = np.append(0, np.cumsum(ends)[:-1]).astype(np.float32)
     data["terminations"] = terminals.astype(np.float32)
-    names = ("observations", "actions", "rewards", "next_observations", "episodes", "terminations")
-    return {name: data[name][keep] for name in names}
+    return {name: value[keep] for name, value in data.items() if name not in ("terminals", "timeouts")}
 
 
 @np.errstate(over="ignore")  # what float32 cannot hold is infinite, and said
@@ -1156,11 +1113,9 @@ def load_dataset(args, env: TaskEnv, seed: int) -> tuple[dict[str, np.ndarray], 
     clipped = np.clip(data["actions"], -1 + 1e-5, 1 - 1e-5)
     # --- Which rows are kept ---
     if args.truncate_episodes:
-        starts = np.flatnonzero(np.diff(data["episodes"], prepend=-1))
-        lengths = np.diff([*starts, n])
-        place, length = rows - np.repeat(starts, lengths), np.repeat(lengths, lengths)
+        place = rows - np.searchsorted(data["episodes"], data["episodes"])  # of a row in its episode
         if not args.bootstrap_at_cut:
-            data["terminations"][(place == args.truncate_episodes - 1) & (length > args.truncate_episodes)] = 1.0
+            data["terminations"][np.flatnonzero(place == args.truncate_episodes) - 1] = 1.0
         rows = rows[place < args.truncate_episodes]
         report["removed_by_truncation"] = n - len(rows)
     report["successful_episodes_before_removal"] = len(np.unique(data["episodes"][rows][success[rows]]))
@@ -1170,7 +1125,7 @@ def load_dataset(args, env: TaskEnv, seed: int) -> tuple[dict[str, np.ndarray], 
             fail(f"{report['source']}: {outside} positions lie outside the maze; give them in gymnasium-robotics' "
                  "coordinates, which have their origin in the middle")
         jumps = np.linalg.norm(data["next_observations"][:, :2] - positions, axis=-1)
-        if jumps.max() > maze.maze_size_scaling:  # a cell
+        if jumps.max(initial=0.0) > maze.maze_size_scaling:  # a cell
             fail(f"{report['source']}: a step of {jumps.max():.1f} m in row {jumps.argmax()}, where an episode must "
                  "have ended; put its ends right")
     elif args.remove_discs:
@@ -1201,7 +1156,6 @@ SCRIPT_SHA256 = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # read 
 # Settings of a process, not of its run: not taken over from another run, and free to change on --resume.
 PROCESS_SETTINGS = ("resume", "track", "wandb_project", "wandb_mode", "runs_dir", "video", "device", "torch_threads",
                     "compile")
-PHASE_ENDS = ("offline_steps", "online_steps", "retrain_at", "learning_starts")
 # May change on --resume: results differ by rounding at most. Moved data or source runs must be the same ones.
 MAY_CHANGE = (*PROCESS_SETTINGS, "log_every", "checkpoint_every", "dataset_path", "exploit_only", "init_from")
 
@@ -1227,7 +1181,7 @@ def parse_args(argv: list[str] | None = None):
         default = Args(env_id=first.env_id, **TASKS[first.env_id].settings)
     args = tyro_cli(argv, default)
     # The times of a source run's phases have been scaled already.
-    for name in (n for n in BUDGETS if not source or n not in PHASE_ENDS):
+    for name in (n for n in BUDGETS if not source or n == "retrain_steps" or n.endswith("_every")):
         value = getattr(args, name)
         scaled = [max(1, round(x * args.scale)) if x else 0 for x in np.atleast_1d(value).tolist()]
         setattr(args, name, tuple(scaled) if isinstance(value, tuple) else scaled[0])
@@ -1290,10 +1244,6 @@ def seed_torch(seed):
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(seed)
-
-
-def at_interval(step, every, last):
-    return step % every == 0 or step == last
 
 
 def progress_bar(name, start, stop):
@@ -1367,39 +1317,28 @@ class CudaGraph:
 
 
 # --- files ---
-def atomic_write(path, content):
-    """Write bytes so that at any moment the file is the old one or the new one, complete."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)  # left by a kill
-    try:
-        with open(temporary, "xb") as file:  # made here: a link of that name is not followed
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path, content):
-    atomic_write(path, json.dumps(content, indent=1).encode())
-
-
-def save_torch(path, content):
+def save(path, content):
+    """Write a .json, a .pt or bytes so that at any moment the file is the old one or the new one, complete."""
     stream = io.BytesIO()
-    torch.save(content, stream)
-    atomic_write(path, stream.getvalue())
+    if path.suffix == ".pt":
+        torch.save(content, stream)
+    else:
+        stream.write(json.dumps(content, indent=1).encode() if path.suffix == ".json" else content)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)  # left by a kill or a full disk
+    with open(temporary, "xb") as file:  # made here: a link of that name is not followed
+        file.write(stream.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
-def load_torch(path: Path, device, run_id: str | None = None, scripts=(SCRIPT,)) -> dict:
-    """A file of save_torch; exit 2 if it is missing, damaged, of another script, or of another run than run_id."""
+def load_torch(path: Path, device, run_id: str | None = None) -> dict:
+    """A .pt file of save; exit 2 if it is missing, damaged, or of another run than run_id."""
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load looks at no checksum
-            if archive.testzip():
-                raise ValueError("its checksum differs")
+        if zipfile.ZipFile(path).testzip():  # torch.load looks at no checksum
+            raise ValueError("its checksum differs")
         content = torch.load(path, map_location=device, weights_only=True)
-        if content["script"] not in scripts:
-            raise ValueError(f"it was written by {content['script']}")
         if run_id not in (None, content["run_id"]):
             raise ValueError("it is of another run")
         return content
@@ -1428,8 +1367,8 @@ class Run:
     the same seed on the same machine. timing.jsonl: what differs each time. replay.bin: the online transitions, raw
     float32 rows (columns: config.json). checkpoint.pt: what --resume needs. results.json: the end.
 
-    Everything random is seeded by its place (phase, step or episode), so a resumed run needs no saved generator. Until
-    begin() nothing is written. On --resume all that came after the last checkpoint is cut off and made again."""
+    Until begin() nothing is written. Everything random is seeded by its place (phase, step or episode). So --resume
+    needs no saved generator: what came after the last checkpoint is cut off and made again."""
 
     FILES = ("metrics.jsonl", "evals.jsonl", "timing.jsonl", "replay.bin")
     signal = None  # the one that has come
@@ -1443,6 +1382,7 @@ class Run:
         self.id, self.source_id = secrets.token_hex(8), None
         self.models = {}
         self.sizes, self.replay_sum = dict.fromkeys(self.FILES, 0), 0
+        self.replay = self.path / "replay.bin", 0, 0, 0  # what ReplayBuffer.load needs to go back to the checkpoint
         self.data_seed, self.data_sha256 = args.seed, None  # of the offline data; --exploit-only: the source's
         self.wandb = None
         self.updates, self.clock = 0, time.perf_counter()
@@ -1463,27 +1403,14 @@ class Run:
             was = ", ".join(f"--{name.replace('_', '-')} was {before[name]}" for name in changed)
             fail(f"--resume needs the settings that {self.path} was started with: {was}")
         if (self.path / "results.json").exists():
-            print(f"{self.path} is finished; its results.json holds the table")
+            print(f"{self.path} is finished: see its results.json")
             raise SystemExit(0)
-        self.lock()
-        if args.compile == "auto" and before["compile"] == "off":
-            args.compile = "off"
+        self.lock = FileLock(self.path / ".lock").acquire(timeout=0)  # one process a directory; death releases it
         self.device = setup_torch(args)
         saved = read_checkpoint(self.path, self.config, self.device)
         self.models, self.progress, self.sizes = saved["models"], saved["progress"], saved["sizes"]
         self.replay_sum = saved["replay_sum"]
-
-    def lock(self):
-        """One process a directory; death releases it."""
-        self.held = FileLock(self.path / ".lock")
-        try:
-            self.held.acquire(timeout=0)
-        except Timeout:
-            fail(f"another process is at work in {self.path}; wait for it, or choose another --seed or --exp-name")
-
-    def saved_replay(self):
-        """What ReplayBuffer.load needs to go back to the checkpoint."""
-        return self.path / "replay.bin", self.sizes["replay.bin"], self.replay_sum, self.progress["env_step"]
+        self.replay = (self.replay[0], self.sizes["replay.bin"], self.replay_sum, self.progress["env_step"])
 
     def begin(self, dataset, columns):
         """From here on files are written. dataset: the report of load_dataset; columns: those of replay.bin's rows."""
@@ -1494,21 +1421,29 @@ class Run:
             self.config["resumed"].append(start)
         else:
             self.path.mkdir(parents=True, exist_ok=True)
-            self.lock()
-            if (self.path / "config.json").exists():
-                fail(f"another process has just started {self.path}")
+            self.lock = FileLock(self.path / ".lock").acquire(timeout=0)
             ends = {k: [c.start, c.stop] if isinstance(c, slice) else [c, c + 1] for k, c in columns.items()}
             self.config = {"script": SCRIPT, "run_id": self.id, "source_run_id": self.source_id,
                            "args": asdict(self.args), **start, "dataset": dataset, "replay_columns": ends,
                            "resumed": []}
         if self.args.track:
-            self.start_wandb()
+            import wandb  # its own variables fill in what is not given
+
+            try:
+                mode = self.args.wandb_mode or wandb.setup().settings.mode
+                parts = f"-{len(self.config['resumed'])}" if mode == "offline" else ""  # wandb continues no offline run
+                self.wandb = wandb.init(
+                    project=self.args.wandb_project, mode=self.args.wandb_mode, id=self.id + parts, resume="allow",
+                    name=os.environ.get("WANDB_NAME", self.path.name), group=os.environ.get("WANDB_RUN_GROUP", self.id),
+                    dir=os.environ.get("WANDB_DIR", self.path), config=self.config)
+            except Exception as error:  # no key, no network
+                fail(f"--track: wandb cannot start ({error}); log in, use --wandb-mode offline, or leave --track out")
         self.files = {name: open(self.path / name, "ab", buffering=0) for name in self.FILES}
         for name, file in self.files.items():
             file.truncate(self.sizes[name])
         if not (self.path / "checkpoint.pt").exists():
             self.checkpoint()  # a run that has a config.json and no checkpoint.pt has lost it
-        write_json(self.path / "config.json", self.config)
+        save(self.path / "config.json", self.config)
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
             with suppress(AttributeError, ValueError):  # not on Windows; not in a thread
                 number = getattr(signal, name)
@@ -1521,28 +1456,13 @@ class Run:
     @staticmethod
     def on_signal(number, frame):
         """The next checkpoint is the last one; a second signal of the kind ends at once."""
-        Run.signal = number
+        Run.signal = signal.Signals(number)
         signal.signal(number, signal.SIG_DFL)
-
-    def start_wandb(self):
-        """wandb's own variables fill in what is not given."""
-        import wandb
-
-        env = os.environ
-        try:
-            mode = self.args.wandb_mode or wandb.setup().settings.mode
-            parts = f"-{len(self.config['resumed'])}" if mode == "offline" else ""  # wandb continues no offline run
-            self.wandb = wandb.init(
-                project=self.args.wandb_project, mode=self.args.wandb_mode, id=self.id + parts, resume="allow",
-                name=env.get("WANDB_NAME", self.path.name), group=env.get("WANDB_RUN_GROUP", self.id),
-                dir=env.get("WANDB_DIR", self.path), config=self.config)
-        except Exception as error:  # no key, no network
-            fail(f"--track: wandb cannot start ({error}); log in, use --wandb-mode offline, or leave --track out")
 
     def write(self, name, data):
         """Bytes to the end of a file: all of them, or the run stops."""
         if self.files[name].write(data) != len(data):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path / name))
+            raise OSError(f"No space left for {self.path / name}")
         self.sizes[name] += len(data)
         if name == "replay.bin":
             self.replay_sum = zlib.crc32(data, self.replay_sum)
@@ -1593,13 +1513,12 @@ class Run:
             os.fsync(file.fileno())
             if os.path.getsize(self.path / name) != self.sizes[name]:
                 fail(f"{self.path / name} was changed by another process; end it, then go on with --resume", 1)
-        save_torch(self.path / "checkpoint.pt", {
+        save(self.path / "checkpoint.pt", {
             "script": SCRIPT, "run_id": self.id, "args": json.dumps(self.config["args"]), "progress": self.progress,
             "sizes": self.sizes, "replay_sum": self.replay_sum,
             "models": {name: state_of(model) for name, model in models.items()}})
         if self.signal:
-            name = signal.Signals(self.signal).name
-            fail(f"stopped by {name}; the checkpoint is written, continue with --resume", 128 + self.signal)
+            fail(f"stopped by {self.signal.name}; the checkpoint is written, go on with --resume", 128 + self.signal)
 
 
 def read_checkpoint(path, config, device):
@@ -1635,5 +1554,7 @@ if __name__ == "__main__":
         main(parse_args())
     except KeyboardInterrupt:
         fail("interrupted; --resume goes on from the last checkpoint", 130)
+    except Timeout as error:
+        fail(f"{error} Is another process at work there? Wait for it, or choose another --seed or --exp-name")
     except OSError as error:  # a full disk, say
-        fail(f"{error}; what was saved before is whole: put it right, then use --resume", 1)
+        fail(f"{error}; what was saved before is whole: put it right, then go on (a run: with --resume)", 1)

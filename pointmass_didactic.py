@@ -36,7 +36,6 @@ The paper is followed where it is explicit, else the code. "# choice N" marks wh
     Drawn uniformly, a batch in twelve would hold one.
 """
 
-import errno
 import hashlib
 import io
 import json
@@ -88,7 +87,6 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 LogStd = Annotated[float, Field(ge=-20, le=2)]
 Name = Annotated[str, Field(pattern=r"^\w[\w.+=,-]{0,99}$")]  # names a folder
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 # === arguments ===
@@ -96,7 +94,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 class Args:
     # --- experiment ---
     env_id: Literal[tuple(TASKS)] = "point-mass-wall"  # the only task here
-    seed: Seed = 1  # first seed
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1  # first seed
     num_seeds: Width = 5  # seeds trained side by side: seed, seed + 1, ...
     exp_name: Name = re.sub(r"[^\w.+=,-]", "_", Path(__file__).stem)  # middle part of the run directory's name
     runs_dir: str = "runs"  # folder of the run directories
@@ -425,13 +423,13 @@ def pretrain(run, buffer, explorers):
         losses = update(buffer.sample(uniform))
         run.updates += 1
         p["grad_step"] = step = step + 1
-        if at_interval(step, args.log_every, last):
+        if step % args.log_every == 0 or step == last:
             log_losses(run, args, "exploration", "pretrain", 0, step, losses)
-        if at_interval(step, args.eval_every, last):
+        if step % args.eval_every == 0 or step == last:
             evaluate_and_log(run, explorers, "pretrain", 0, step)
         if step == last:
             save_policies(run, explorers, "pretrained.pt")
-        if at_interval(step, args.checkpoint_every, last) or run.signal:
+        if step % args.checkpoint_every == 0 or step == last or run.signal:
             run.checkpoint(explorers=explorers)
 
 
@@ -455,13 +453,13 @@ def explore(run, buffer, explorers):
         run.updates += 1
         p["env_step"] = t = t + 1
         p["grad_step"] += 1
-        if at_interval(t, args.log_every, last):
+        if t % args.log_every == 0 or t == last:
             log_losses(run, args, "exploration", "online", t, p["grad_step"], losses, **coverage(buffer))
-        if at_interval(t, args.eval_every, last):
+        if t % args.eval_every == 0 or t == last:
             evaluate_and_log(run, explorers, "online", t, p["grad_step"])
         if t == last:
             save_policies(run, explorers, f"exploration_{t}.pt")
-        if at_interval(t, args.checkpoint_every, last) or run.signal:
+        if t % args.checkpoint_every == 0 or t == last or run.signal:
             run.write("replay.bin", buffer.rows_since(saved))
             run.checkpoint(explorers=explorers)
             saved = t
@@ -481,13 +479,13 @@ def retrain(run, buffer, explorers):
         losses = update(buffer.sample(uniform, *goal_rows, args.retrain_upsample))  # choice 7
         run.updates += 1
         p["retrain_step"] = step = step + 1
-        if at_interval(step, args.log_every, last):
+        if step % args.log_every == 0 or step == last:
             log_losses(run, args, f"exploitation {t}", "retrain", t, step, losses)
-        if at_interval(step, args.eval_every, last):
+        if step % args.eval_every == 0 or step == last:
             evaluate_and_log(run, agents, "retrain", t, step)
         if step == last:
             save_policies(run, agents, f"exploitation_{t}.pt")
-        if at_interval(step, args.checkpoint_every, last) or run.signal:
+        if step % args.checkpoint_every == 0 or step == last or run.signal:
             run.checkpoint(explorers=explorers, exploiters=agents)
     return agents
 
@@ -509,7 +507,7 @@ def log_losses(run, args, policy, phase, env_step, grad_step, losses, **extra):
 def main(args):
     # Build and restore. Nothing is written before run.begin().
     run = Run(args, grad_step=0, env_step=0, retrain_step=0, diverged={})
-    data_from = read_source(run) if args.exploit_only else run.saved_replay()
+    data_from = read_source(run) if args.exploit_only else run.replay
     data, dataset = load_dataset(args)
     buffer = ReplayBuffer(data, args.online_steps, run.device)
     buffer.load(*data_from)
@@ -527,8 +525,8 @@ def main(args):
 
 def save_policies(run, agents, name):
     """The networks of all members; agents.mean() is all that is needed to act."""
-    save_torch(run.path / name, {"script": SCRIPT, "run_id": run.id, "members": members(run.args),
-                                 "agents": agents.state_dict()})
+    save(run.path / name, {"script": SCRIPT, "run_id": run.id, "members": members(run.args),
+                           "agents": agents.state_dict()})
 
 
 # Below is plumbing: random numbers, data and replay, evaluation, figure, run directory. Nothing of the method.
@@ -749,8 +747,8 @@ def write_results(run, buffer, explorers, exploiters):
                          "coverage": covered[j::each], "per_episode": episodes})
     steps = {way: shortest_steps(starts, way == "over") for way in ("under", "over")}
     shortest = {way: {"mean": float(n.mean()), "least": int(n.min()), "most": int(n.max())} for way, n in steps.items()}
-    atomic_write(run.path / "figure2.png", draw_figure(args, buffer, explored[0], retrained[0]))
-    write_json(run.path / "results.json", {
+    save(run.path / "figure2.png", draw_figure(args, buffer, explored[0], retrained[0]))
+    save(run.path / "results.json", {
         "script": SCRIPT, "env_id": args.env_id, "exp_name": args.exp_name, "seed": args.seed, "run_id": run.id,
         "source_run_id": run.source_id, "episodes_per_seed": args.final_episodes, "shortest_steps": shortest,
         "rows": rows, "diverged": run.progress["diverged"]})
@@ -817,7 +815,6 @@ SCRIPT_SHA256 = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # read 
 # Settings of a process, not of its run: not taken over from another run, and free to change on --resume.
 PROCESS_SETTINGS = ("resume", "track", "wandb_project", "wandb_mode", "runs_dir", "video", "device", "torch_threads",
                     "compile")
-PHASE_ENDS = ("offline_steps", "online_steps", "retrain_at", "learning_starts")
 # May change on --resume: results differ by rounding at most. Moved data or source runs must be the same ones.
 MAY_CHANGE = (*PROCESS_SETTINGS, "log_every", "checkpoint_every", "dataset_path", "exploit_only", "init_from")
 
@@ -843,7 +840,7 @@ def parse_args(argv: list[str] | None = None):
         default = Args(env_id=first.env_id, **TASKS[first.env_id].settings)
     args = tyro_cli(argv, default)
     # The times of a source run's phases have been scaled already.
-    for name in (n for n in BUDGETS if not source or n not in PHASE_ENDS):
+    for name in (n for n in BUDGETS if not source or n == "retrain_steps" or n.endswith("_every")):
         value = getattr(args, name)
         scaled = [max(1, round(x * args.scale)) if x else 0 for x in np.atleast_1d(value).tolist()]
         setattr(args, name, tuple(scaled) if isinstance(value, tuple) else scaled[0])
@@ -906,10 +903,6 @@ def seed_torch(seed):
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(seed)
-
-
-def at_interval(step, every, last):
-    return step % every == 0 or step == last
 
 
 def progress_bar(name, start, stop):
@@ -983,39 +976,28 @@ class CudaGraph:
 
 
 # --- files ---
-def atomic_write(path, content):
-    """Write bytes so that at any moment the file is the old one or the new one, complete."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)  # left by a kill
-    try:
-        with open(temporary, "xb") as file:  # made here: a link of that name is not followed
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path, content):
-    atomic_write(path, json.dumps(content, indent=1).encode())
-
-
-def save_torch(path, content):
+def save(path, content):
+    """Write a .json, a .pt or bytes so that at any moment the file is the old one or the new one, complete."""
     stream = io.BytesIO()
-    torch.save(content, stream)
-    atomic_write(path, stream.getvalue())
+    if path.suffix == ".pt":
+        torch.save(content, stream)
+    else:
+        stream.write(json.dumps(content, indent=1).encode() if path.suffix == ".json" else content)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)  # left by a kill or a full disk
+    with open(temporary, "xb") as file:  # made here: a link of that name is not followed
+        file.write(stream.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
-def load_torch(path: Path, device, run_id: str | None = None, scripts=(SCRIPT,)) -> dict:
-    """A file of save_torch; exit 2 if it is missing, damaged, of another script, or of another run than run_id."""
+def load_torch(path: Path, device, run_id: str | None = None) -> dict:
+    """A .pt file of save; exit 2 if it is missing, damaged, or of another run than run_id."""
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load looks at no checksum
-            if archive.testzip():
-                raise ValueError("its checksum differs")
+        if zipfile.ZipFile(path).testzip():  # torch.load looks at no checksum
+            raise ValueError("its checksum differs")
         content = torch.load(path, map_location=device, weights_only=True)
-        if content["script"] not in scripts:
-            raise ValueError(f"it was written by {content['script']}")
         if run_id not in (None, content["run_id"]):
             raise ValueError("it is of another run")
         return content
@@ -1044,8 +1026,8 @@ class Run:
     the same seed on the same machine. timing.jsonl: what differs each time. replay.bin: the online transitions, raw
     float32 rows (columns: config.json). checkpoint.pt: what --resume needs. results.json: the end.
 
-    Everything random is seeded by its place (phase, step or episode), so a resumed run needs no saved generator. Until
-    begin() nothing is written. On --resume all that came after the last checkpoint is cut off and made again."""
+    Until begin() nothing is written. Everything random is seeded by its place (phase, step or episode). So --resume
+    needs no saved generator: what came after the last checkpoint is cut off and made again."""
 
     FILES = ("metrics.jsonl", "evals.jsonl", "timing.jsonl", "replay.bin")
     signal = None  # the one that has come
@@ -1059,6 +1041,7 @@ class Run:
         self.id, self.source_id = secrets.token_hex(8), None
         self.models = {}
         self.sizes, self.replay_sum = dict.fromkeys(self.FILES, 0), 0
+        self.replay = self.path / "replay.bin", 0, 0, 0  # what ReplayBuffer.load needs to go back to the checkpoint
         self.data_seed, self.data_sha256 = args.seed, None  # of the offline data; --exploit-only: the source's
         self.wandb = None
         self.updates, self.clock = 0, time.perf_counter()
@@ -1079,27 +1062,14 @@ class Run:
             was = ", ".join(f"--{name.replace('_', '-')} was {before[name]}" for name in changed)
             fail(f"--resume needs the settings that {self.path} was started with: {was}")
         if (self.path / "results.json").exists():
-            print(f"{self.path} is finished; its results.json holds the table")
+            print(f"{self.path} is finished: see its results.json")
             raise SystemExit(0)
-        self.lock()
-        if args.compile == "auto" and before["compile"] == "off":
-            args.compile = "off"
+        self.lock = FileLock(self.path / ".lock").acquire(timeout=0)  # one process a directory; death releases it
         self.device = setup_torch(args)
         saved = read_checkpoint(self.path, self.config, self.device)
         self.models, self.progress, self.sizes = saved["models"], saved["progress"], saved["sizes"]
         self.replay_sum = saved["replay_sum"]
-
-    def lock(self):
-        """One process a directory; death releases it."""
-        self.held = FileLock(self.path / ".lock")
-        try:
-            self.held.acquire(timeout=0)
-        except Timeout:
-            fail(f"another process is at work in {self.path}; wait for it, or choose another --seed or --exp-name")
-
-    def saved_replay(self):
-        """What ReplayBuffer.load needs to go back to the checkpoint."""
-        return self.path / "replay.bin", self.sizes["replay.bin"], self.replay_sum, self.progress["env_step"]
+        self.replay = (self.replay[0], self.sizes["replay.bin"], self.replay_sum, self.progress["env_step"])
 
     def begin(self, dataset, columns):
         """From here on files are written. dataset: the report of load_dataset; columns: those of replay.bin's rows."""
@@ -1110,21 +1080,29 @@ class Run:
             self.config["resumed"].append(start)
         else:
             self.path.mkdir(parents=True, exist_ok=True)
-            self.lock()
-            if (self.path / "config.json").exists():
-                fail(f"another process has just started {self.path}")
+            self.lock = FileLock(self.path / ".lock").acquire(timeout=0)
             ends = {k: [c.start, c.stop] if isinstance(c, slice) else [c, c + 1] for k, c in columns.items()}
             self.config = {"script": SCRIPT, "run_id": self.id, "source_run_id": self.source_id,
                            "args": asdict(self.args), **start, "dataset": dataset, "replay_columns": ends,
                            "resumed": []}
         if self.args.track:
-            self.start_wandb()
+            import wandb  # its own variables fill in what is not given
+
+            try:
+                mode = self.args.wandb_mode or wandb.setup().settings.mode
+                parts = f"-{len(self.config['resumed'])}" if mode == "offline" else ""  # wandb continues no offline run
+                self.wandb = wandb.init(
+                    project=self.args.wandb_project, mode=self.args.wandb_mode, id=self.id + parts, resume="allow",
+                    name=os.environ.get("WANDB_NAME", self.path.name), group=os.environ.get("WANDB_RUN_GROUP", self.id),
+                    dir=os.environ.get("WANDB_DIR", self.path), config=self.config)
+            except Exception as error:  # no key, no network
+                fail(f"--track: wandb cannot start ({error}); log in, use --wandb-mode offline, or leave --track out")
         self.files = {name: open(self.path / name, "ab", buffering=0) for name in self.FILES}
         for name, file in self.files.items():
             file.truncate(self.sizes[name])
         if not (self.path / "checkpoint.pt").exists():
             self.checkpoint()  # a run that has a config.json and no checkpoint.pt has lost it
-        write_json(self.path / "config.json", self.config)
+        save(self.path / "config.json", self.config)
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
             with suppress(AttributeError, ValueError):  # not on Windows; not in a thread
                 number = getattr(signal, name)
@@ -1137,28 +1115,13 @@ class Run:
     @staticmethod
     def on_signal(number, frame):
         """The next checkpoint is the last one; a second signal of the kind ends at once."""
-        Run.signal = number
+        Run.signal = signal.Signals(number)
         signal.signal(number, signal.SIG_DFL)
-
-    def start_wandb(self):
-        """wandb's own variables fill in what is not given."""
-        import wandb
-
-        env = os.environ
-        try:
-            mode = self.args.wandb_mode or wandb.setup().settings.mode
-            parts = f"-{len(self.config['resumed'])}" if mode == "offline" else ""  # wandb continues no offline run
-            self.wandb = wandb.init(
-                project=self.args.wandb_project, mode=self.args.wandb_mode, id=self.id + parts, resume="allow",
-                name=env.get("WANDB_NAME", self.path.name), group=env.get("WANDB_RUN_GROUP", self.id),
-                dir=env.get("WANDB_DIR", self.path), config=self.config)
-        except Exception as error:  # no key, no network
-            fail(f"--track: wandb cannot start ({error}); log in, use --wandb-mode offline, or leave --track out")
 
     def write(self, name, data):
         """Bytes to the end of a file: all of them, or the run stops."""
         if self.files[name].write(data) != len(data):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path / name))
+            raise OSError(f"No space left for {self.path / name}")
         self.sizes[name] += len(data)
         if name == "replay.bin":
             self.replay_sum = zlib.crc32(data, self.replay_sum)
@@ -1209,13 +1172,12 @@ class Run:
             os.fsync(file.fileno())
             if os.path.getsize(self.path / name) != self.sizes[name]:
                 fail(f"{self.path / name} was changed by another process; end it, then go on with --resume", 1)
-        save_torch(self.path / "checkpoint.pt", {
+        save(self.path / "checkpoint.pt", {
             "script": SCRIPT, "run_id": self.id, "args": json.dumps(self.config["args"]), "progress": self.progress,
             "sizes": self.sizes, "replay_sum": self.replay_sum,
             "models": {name: state_of(model) for name, model in models.items()}})
         if self.signal:
-            name = signal.Signals(self.signal).name
-            fail(f"stopped by {name}; the checkpoint is written, continue with --resume", 128 + self.signal)
+            fail(f"stopped by {self.signal.name}; the checkpoint is written, go on with --resume", 128 + self.signal)
 
 
 def read_checkpoint(path, config, device):
@@ -1251,5 +1213,7 @@ if __name__ == "__main__":
         main(parse_args())
     except KeyboardInterrupt:
         fail("interrupted; --resume goes on from the last checkpoint", 130)
+    except Timeout as error:
+        fail(f"{error} Is another process at work there? Wait for it, or choose another --seed or --exp-name")
     except OSError as error:  # a full disk, say
-        fail(f"{error}; what was saved before is whole: put it right, then use --resume", 1)
+        fail(f"{error}; what was saved before is whole: put it right, then go on (a run: with --resume)", 1)

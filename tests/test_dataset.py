@@ -845,7 +845,8 @@ def test_bad_npz_is_refused_in_one_line(tmp_path, capsys, columns):
 @pytest.mark.parametrize("name", ["observations", "actions", "rewards", "terminals", "timeouts", "next_observations"])
 def test_every_column_of_an_npz_is_checked(tmp_path, capsys, name):
     """Its length, rank and numbers, in any row."""
-    good = flat(next_observations=np.zeros((12, 4), np.float32))
+    good = flat(next_observations=successors(5), timeouts=at(12, 5))
+    load(POINT, dataset_path=save(tmp_path, good))
     spoilt = [(how, change(good[name])) for how, change in SHAPES.items() if how != "missing"]
     for row in (0, 5, 11):
         for value in (np.nan, np.inf):

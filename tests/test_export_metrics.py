@@ -160,20 +160,17 @@ def test_the_next_export_replaces_this_one(run, tmp_path):
 def test_wandb_gets_what_track_sends(run, wandb):
     started, sent = wandb
     (run / "metrics.jsonl").unlink()
-    tracked = types.SimpleNamespace(path=run, id=json.loads((run / "config.json").read_text())["run_id"],
-                                    config=json.loads((run / "config.json").read_text()) | {"resumed": []},
-                                    args=types.SimpleNamespace(wandb_mode="offline", wandb_project=None))
-    iql_ooo.Run.start_wandb(tracked)
-    record(run, "pretrain", 0, 10, wandb=tracked.wandb, **{"losses/critic": 0.5})
-    record(run, "retrain", 7, 20, wandb=tracked.wandb, early_stop="Q falls", **{"charts/goals": [1, 2]})
+    tracked = sys.modules["wandb"].init()
+    record(run, "pretrain", 0, 10, wandb=tracked, **{"losses/critic": 0.5})
+    record(run, "retrain", 7, 20, wandb=tracked, early_stop="Q falls", **{"charts/goals": [1, 2]})
     lists = json.loads((run / "config.json").read_text())
     lists["args"] |= {"num_seeds": 1, "bonus_coef": [0.0, 5.0]}
     (run / "config.json").write_text(json.dumps(lists))
     main(["wandb", str(run), "--wandb-mode", "offline"])
     assert sent[2:] == sent[:2] and len(sent) == 4
-    by_track, by_export = started
-    same = ("project", "mode", "group", "name", "dir")
-    assert {name: by_export[name] for name in same} == {name: by_track[name] for name in same}
+    by_export = started[1]  # what --track has: test_smoke.py
+    want = {"project": None, "mode": "offline", "group": RUN_ID, "name": run.name, "dir": run}
+    assert {name: by_export[name] for name in want} == want
     assert by_export["id"] == f"{RUN_ID}-export" and "resume" not in by_export and by_export["config"] == lists
 
 

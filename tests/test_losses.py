@@ -175,7 +175,7 @@ def test_iql_update(bounds, bonus):
         return [array(g) for g in torch.autograd.grad(loss, list(network.parameters()))]
 
     as_float = lambda x: torch.from_numpy(x).float()  # noqa: E731
-    diff = as_float(q_bounded) - before.value(batch["observations"])
+    diff = as_float(q_bounded) - before.value(batch["observations"])[0, :, 0]
     value_loss = ((0.8 - 0.6 * (diff < 0).float()) * diff * diff).mean()
     critic_loss = ((before.critic(batch["observations"], batch["actions"]) - as_float(target)) ** 2).mean()
     actor_loss = -(as_float(weight) * before.actor.log_prob(batch["observations"], batch["actions"])).mean()
@@ -279,10 +279,10 @@ def test_a_stack_is_separate_networks():
 
 
 def test_shapes_of_value_and_critic():
-    value, critic = ooo.Value(OBS, HIDDEN), ooo.Critic(OBS, ACT, HIDDEN)
+    value, critic = ooo.Stack(1, (OBS, *HIDDEN, 1)), ooo.Critic(OBS, ACT, HIDDEN)
     observations, actions = torch.randn(BATCH, OBS), torch.randn(BATCH, ACT)
-    assert value(observations).shape == (BATCH,) and critic(observations, actions).shape == (2, BATCH)
-    close(value(observations), forward(*linears(value), array(observations))[:, 0])
+    assert value(observations).shape == (1, BATCH, 1) and critic(observations, actions).shape == (2, BATCH)
+    close(value(observations)[0], forward(*linears(value), array(observations)))
     close(critic(observations, actions), q_values(critic, observations, actions))
 
 
@@ -433,11 +433,11 @@ def test_rnd_loss_of_chosen_rows_equals_masked_loss(share):
     target = copy.deepcopy(rnd.target.state_dict())
     _, loss = rnd.update(observations, observations, 0.25, uniform)
     close(loss, want.item())
-    for got, wanted in zip(gradients(rnd.predictor)(rnd.optimizer), expected, strict=True):
+    for got, wanted in zip(gradients(rnd.predictor)(rnd.optimizers[0]), expected, strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-7)
     assert all(torch.equal(value, target[name]) for name, value in rnd.target.state_dict().items())
     assert not any(p.requires_grad for p in rnd.target.parameters())
-    assert {id(p) for p in rnd.optimizer.param_groups[0]["params"]} == {id(p) for p in rnd.predictor.parameters()}
+    assert {id(p) for p in rnd.optimizers[0].param_groups[0]["params"]} == {id(p) for p in rnd.predictor.parameters()}
 
 
 def test_rnd_draws_a_quarter_of_the_rows():

