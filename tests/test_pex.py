@@ -532,7 +532,7 @@ def test_ceiling_of_values():
     buffer = pex.ReplayBuffer(data, 1, CPU)
     args = pex.Args(reward_bias=-1.0, reward_scale=2.0, gamma=0.9)
     assert pex.value_ceiling(args, buffer) == pytest.approx(160)
-    buffer.add(observations=0, actions=0, rewards=11.0, next_observations=0, terminations=0, episodes=1)
+    buffer.add(**{name: value[0] for name, value in data.items()} | {"rewards": 11.0})
     assert pex.value_ceiling(args, buffer) == pytest.approx(200)
 
 

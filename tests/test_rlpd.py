@@ -78,7 +78,7 @@ def parameters(agent, rnd=None):
 def test_update_equals_the_authors(name):
     """Two whole updates of four critic steps: losses, gradients (of actor, alpha and RND), parameters, statistics."""
     data, hyper = read(name)
-    args = ooo.Args(hidden_dims=hyper["hidden_dims"], rnd_hidden_dims=hyper["rnd_hidden_dims"] or (),
+    args = ooo.Args(hidden_dims=hyper["hidden_dims"], rnd_hidden_dims=hyper["rnd_hidden_dims"] or (8,),
                     rnd_learning_rate=hyper["rnd_lr"], num_qs=hyper["num_qs"])
     buffer = make_buffer(hyper["obs_dim"], hyper["act_dim"])
     agent = ooo.make_agent(args, buffer, CPU)

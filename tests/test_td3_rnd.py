@@ -173,7 +173,7 @@ def test_ceiling_of_values():
     rnd = td3_rnd.RND(OBS, HIDDEN, 1e-4, CPU)
     rnd.largest_reward.fill_(0.5)
     assert td3_rnd.value_ceiling(args, buffer, rnd) == pytest.approx(175)
-    buffer.add(observations=0, actions=0, rewards=11.0, next_observations=0, terminations=0, episodes=1)
+    buffer.add(**{name: value[0] for name, value in data.items()} | {"rewards": 11.0})
     assert td3_rnd.value_ceiling(args, buffer, rnd) == pytest.approx(215)
 
 
