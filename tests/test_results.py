@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-SEEDS = range(1, 11)
+SEEDS = {"iql_retrained": 18, "iql_ooo": 18, "offline_only": 10, "iql_equal_updates": 14}  # from 1 on
 ROWS = {"success from far starts": "far_success_rate", "success": "success_rate"}
 COLUMNS = (("iql_retrained", "exploration"), ("iql_retrained", "exploitation"), ("iql_ooo", "exploration"),
            ("iql_ooo", "exploitation"), ("offline_only", "exploitation"), ("iql_equal_updates", "exploration"))
@@ -33,7 +33,7 @@ def final_evaluations():
 
 def test_the_study_in_the_medium_maze():
     found, page = final_evaluations(), (ROOT / "docs" / "results.md").read_text()
-    assert all(sorted(found[column]) == list(SEEDS) for column in COLUMNS)
+    assert all(sorted(found[column]) == list(range(1, SEEDS[column[0]] + 1)) for column in COLUMNS)
     for name, key in ROWS.items():
         cells = re.search(rf"^\| {name} \|(.*)\|$", page, flags=re.M)[1].split("|")
         means = [100 * np.mean([s[f"eval/{key}"] for s in found[column].values()]) for column in COLUMNS]
@@ -41,8 +41,9 @@ def test_the_study_in_the_medium_maze():
     names = ("IQL", "IQL's data, retrained", "IQL + RND", "OOO (IQL)", "offline data alone", "IQL, equal updates")
     for name, column in zip(names, COLUMNS, strict=True):
         cells = re.findall(rf"^\| {re.escape(name)} \|(.*)\|$", page, flags=re.M)[-1].split("|")
-        assert [int(cell) for cell in cells] == [
-            round(100 * found[column][seed]["eval/far_success_rate"]) for seed in SEEDS]
+        rates = [found[column][seed]["eval/far_success_rate"] for seed in sorted(found[column])]
+        assert [cell.strip() for cell in cells] == [str(round(100 * rate)) for rate in rates] + ["-"] * (
+            len(cells) - len(rates))
 
 
 def test_the_example_run_is_the_studys_seed_1():
