@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-SEEDS = {"iql_retrained": 18, "iql_ooo": 18, "offline_only": 10, "iql_equal_updates": 14}  # from 1 on
+SEEDS = {"iql_retrained": 20, "iql_ooo": 20, "offline_only": 10, "iql_equal_updates": 14}  # from 1 on
 ROWS = {"success from far starts": "far_success_rate", "success": "success_rate"}
 COLUMNS = (("iql_retrained", "exploration"), ("iql_retrained", "exploitation"), ("iql_ooo", "exploration"),
            ("iql_ooo", "exploitation"), ("offline_only", "exploitation"), ("iql_equal_updates", "exploration"))
@@ -37,7 +37,7 @@ def test_the_study_in_the_medium_maze():
     for name, key in ROWS.items():
         cells = re.search(rf"^\| {name} \|(.*)\|$", page, flags=re.M)[1].split("|")
         means = [100 * np.mean([s[f"eval/{key}"] for s in found[column].values()]) for column in COLUMNS]
-        assert [float(cell.split("[")[0]) for cell in cells] == [round(mean, 1) for mean in means]
+        np.testing.assert_allclose([float(cell.split("[")[0]) for cell in cells], means, atol=0.0501)  # one decimal
     names = ("IQL", "IQL's data, retrained", "IQL + RND", "OOO (IQL)", "offline data alone", "IQL, equal updates")
     for name, column in zip(names, COLUMNS, strict=True):
         cells = re.findall(rf"^\| {re.escape(name)} \|(.*)\|$", page, flags=re.M)[-1].split("|")
