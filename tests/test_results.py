@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-SEEDS = {"iql_retrained": 20, "iql_ooo": 20, "offline_only": 10, "iql_equal_updates": 14}  # from 1 on
+SEEDS = {"iql_retrained": 20, "iql_ooo": 20, "offline_only": 10, "iql_equal_updates": 16}  # from 1 on
 ROWS = {"success from far starts": "far_success_rate", "success": "success_rate"}
 COLUMNS = (("iql_retrained", "exploration"), ("iql_retrained", "exploitation"), ("iql_ooo", "exploration"),
            ("iql_ooo", "exploitation"), ("offline_only", "exploitation"), ("iql_equal_updates", "exploration"))
