@@ -7,15 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
+import iql_ooo as ooo
+import report
+import tools.study as study
+
 ROOT = Path(__file__).resolve().parent.parent
-SEEDS = {"iql_retrained": 20, "iql_ooo": 20, "offline_only": 10, "iql_equal_updates": 16}  # from 1 on
-ROWS = {"success from far starts": "far_success_rate", "success": "success_rate"}
-COLUMNS = (("iql_retrained", "exploration"), ("iql_retrained", "exploitation"), ("iql_ooo", "exploration"),
-           ("iql_ooo", "exploitation"), ("offline_only", "exploitation"), ("iql_equal_updates", "exploration"))
 
 
 def final_evaluations():
-    """{(run, policy): {seed: summary}}, each mean made again from its episodes."""
+    """{(task, run, policy): {seed: summary}}; each far success rate is made again from its episodes."""
     found = {}
     with tarfile.open(ROOT / "results" / "study_a.tar.xz") as archive:
         for member in archive:
@@ -25,37 +25,42 @@ def final_evaluations():
                     summary = results["rows"][-1].get(policy)
                     if summary is None:  # offline only: nothing has acted
                         continue
-                    far = [e["success"] for e in summary["per_episode"] if e["start_distance"] > 2]
+                    far = [e["success"] for e in summary["per_episode"]
+                           if e["start_distance"] > ooo.TASKS[results["env_id"]].far]
                     assert summary["eval/far_success_rate"] == np.mean(far) and len(summary["per_episode"]) == 100
-                    found.setdefault((results["exp_name"], policy), {})[results["seed"]] = summary
+                    key = results["env_id"], results["exp_name"], policy
+                    found.setdefault(key, {})[results["seed"]] = summary
     return found
 
 
-def test_the_study_in_the_medium_maze():
-    found, page = final_evaluations(), (ROOT / "docs" / "results.md").read_text()
-    assert all(sorted(found[column]) == list(range(1, SEEDS[column[0]] + 1)) for column in COLUMNS)
-    for name, key in ROWS.items():
-        cells = re.search(rf"^\| {name} \|(.*)\|$", page, flags=re.M)[1].split("|")
-        means = [100 * np.mean([s[f"eval/{key}"] for s in found[column].values()]) for column in COLUMNS]
-        np.testing.assert_allclose([float(cell.split("[")[0]) for cell in cells], means, atol=0.0501)  # one decimal
-    names = ("IQL", "IQL's data, retrained", "IQL + RND", "OOO (IQL)", "offline data alone", "IQL, equal updates")
-    for name, column in zip(names, COLUMNS, strict=True):
-        cells = re.findall(rf"^\| {re.escape(name)} \|(.*)\|$", page, flags=re.M)[-1].split("|")
-        rates = [found[column][seed]["eval/far_success_rate"] for seed in sorted(found[column])]
-        assert [cell.strip() for cell in cells] == [str(round(100 * rate)) for rate in rates] + ["-"] * (
-            len(cells) - len(rates))
+def test_the_tables_of_the_study(tmp_path, capsys):
+    """docs/results.md has what tools/study.py prints, README the same rounded."""
+    with tarfile.open(ROOT / "results" / "study_a.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    study.main(study.Args((str(tmp_path),)))
+    page, readme = ((ROOT / name).read_text() for name in ("docs/results.md", "README.md"))
+    tables = capsys.readouterr().out.strip().split("\n\n")
+    assert all(table in page for table in tables), tables
+    records, _ = report.read_all(report.Args((str(tmp_path),)))
+    summaries = final_evaluations()
+    for (task, label), runs in study.last_policies(records).items():
+        name, policy = study.ARMS[label]
+        assert sorted(runs) == list(range(1, len(runs) + 1))
+        for seed, (_, values) in runs.items():
+            assert values["far"] == 100 * summaries[task, name, policy][seed]["eval/far_success_rate"]
+        far = [values["far"] for _, values in runs.values()]
+        low, high = np.clip(report.t_interval(far), 0, 100)
+        assert re.search(rf"\| (\**){np.mean(far):.0f}\1 \[{low:.0f}, {high:.0f}\]", readme), (task, label)
 
 
 def test_the_example_run_is_the_studys_seed_1():
     """Its policies can be loaded, and its table is that of the packed records."""
-    import iql_ooo as ooo
-
     example = ROOT / "results" / "example"
     (row,) = json.loads((example / "results.json").read_text())["rows"]
     config = ooo.read_config(example)
     assert sum(path.stat().st_size for path in example.iterdir()) < 2_000_000
     for policy in ("exploration", "exploitation"):
-        assert row[policy] == final_evaluations()["iql_ooo", policy][1]
+        assert row[policy] == final_evaluations()[config["args"]["env_id"], "iql_ooo", policy][1]
         agent = ooo.load_policy(example / f"{policy}_20000.pt")
         assert agent.act(np.zeros((3, 4), np.float32)).shape == (3, 2)
         saved = ooo.load_torch(example / f"{policy}_20000.pt", ooo.torch.device("cpu"), config["run_id"])

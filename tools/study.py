@@ -1,0 +1,105 @@
+"""The tables of docs/results.md about the study: every arm, every seed, the differences.
+
+    python reproduce.py study --seeds 20
+    python tools/study.py runs
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import report  # noqa: E402
+from reproduce import MEDIUM, UMAZE, fail, run_main  # noqa: E402
+
+ARMS = {  # label: (name in reproduce.ALGORITHMS, the policy that is scored)
+    "IQL": ("iql_retrained", "exploration"),
+    "IQL's data, retrained": ("iql_retrained", "exploitation"),
+    "IQL + RND": ("iql_ooo", "exploration"),
+    "OOO (IQL)": ("iql_ooo", "exploitation"),
+    "offline data alone, retrained": ("offline_only", "exploitation"),
+    "IQL, equal updates": ("iql_equal_updates", "exploration"),
+    "OOO, no Q bounds": ("no_bounds", "exploitation"),
+    "OOO + frozen RND, no Q bounds": ("frozen_rnd", "exploitation"),
+    "OOO, no upsampling": ("no_up", "exploitation"),
+}
+ACTED = ("IQL", "IQL + RND", "IQL, equal updates")  # arms whose own policy collected data
+PAIRS = {  # the two planned comparisons first
+    MEDIUM: (("OOO (IQL)", "IQL + RND"), ("OOO (IQL)", "IQL's data, retrained"), ("OOO (IQL)", "IQL, equal updates"),
+             ("IQL + RND", "IQL, equal updates"), ("OOO (IQL)", "OOO, no Q bounds"), ("OOO (IQL)", "OOO, no upsampling"),
+             ("OOO + frozen RND, no Q bounds", "OOO, no Q bounds")),
+    UMAZE: (("OOO (IQL)", "IQL + RND"), ("OOO (IQL)", "IQL's data, retrained")),
+}
+
+
+@dataclass
+class Args:
+    folders: tyro.conf.Positional[tuple[str, ...]]
+    """Folders with the runs of `reproduce.py study`."""
+
+
+def last_policies(records):
+    """{(task, label): {seed: (record, measures of the last policy's final evaluation)}}."""
+    found = {}
+    for label, (name, policy) in ARMS.items():
+        for record in records:
+            cells = record.cells[policy]
+            if record.env_id in PAIRS and record.config["args"]["exp_name"] == name and cells:
+                found.setdefault((record.env_id, label), {})[record.seed] = record, cells[max(cells)]
+    return found
+
+
+def span(seeds):
+    """Seeds in words; a gap is shown."""
+    seeds = sorted(seeds)
+    gap = seeds != list(range(seeds[0], seeds[-1] + 1))
+    return " ".join(map(str, seeds)) if gap or len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+
+
+def collected(record, far):
+    """Per cent of the episodes of D_on that were a success."""
+    return report.successes(record, sys.maxsize, far) or 0.0
+
+
+def table(head, rows):
+    print("\n".join(f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows)), end="\n\n")
+
+
+def main(args):
+    records, _ = report.read_all(report.Args(args.folders))
+    found = last_policies(records)
+    if not found:
+        fail(f"{' '.join(args.folders)} has no finished runs of the study; make them with: python reproduce.py study")
+    for task in sorted({task for task, _ in found}, key=list(PAIRS).index):
+        arms = {label: runs for label in ARMS if (runs := found.get((task, label)))}
+        acted = [label for label in ACTED if label in arms]
+        seeds = sorted({seed for runs in arms.values() for seed in runs})
+        rows = []
+        for label, runs in arms.items():
+            cells = [report.mean_interval([m[measure] for _, m in runs.values()], report.limits_of(measure, task))
+                     for measure in ("far", "success", "score")]
+            near, far = (np.mean([collected(record, f) for record, _ in runs.values()]) for f in (False, True))
+            rows.append([label, span(runs), *cells, f"{near:.1f} ({far:.1f})" if label in acted else ""])
+        table([task, "seeds", "success from far starts, %", "success, %", "D4RL's score",
+               "successful episodes of D_on, % (from far starts)"], rows)
+        rows = [[label, *(f"{runs[s][1]['far']:.0f}" if s in runs else "-" for s in seeds)]
+                for label, runs in arms.items()]
+        rows += [[f"*D_on of {label}: successful episodes, %*",
+                  *(f"{collected(arms[label][s][0], False):.0f}" if s in arms[label] else "-" for s in seeds)]
+                 for label in acted]
+        table(["success from far starts, %, of seed", *seeds], rows)
+        rows = []
+        for pair in PAIRS[task]:
+            a, b = (arms.get(label, {}) for label in pair)
+            if len(common := sorted(a.keys() & b.keys())) > 1:
+                differences = [a[seed][1]["far"] - b[seed][1]["far"] for seed in common]
+                p = f"{report.sign_flip(differences):.2g}"
+                rows.append([" - ".join(pair), span(common), report.mean_interval(differences), p])
+        table(["difference of success from far starts, points", "seeds", "mean [95 % interval]", "p"], rows)
+
+
+if __name__ == "__main__":
+    run_main(lambda: main(tyro.cli(Args, description=__doc__)))
