@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from matplotlib.text import Text
 
-from tools import plot_run, pointmass_chain
+from tools import holes, plot_run, pointmass_chain, study
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("iql_ooo", "calql_ooo", "rlpd_ooo", "td3_rnd", "pex", "pointmass_didactic")
@@ -110,6 +110,25 @@ def test_bad_input_of_the_chain_is_one_line(tmp_path, capsys):
         assert f"--cell {cell}" in refused(pointmass_chain.main, [run, "--cell", cell], capsys)
     assert "config.json" in refused(pointmass_chain.main, [run], capsys)  # of an earlier version
     assert str(tmp_path) in refused(pointmass_chain.main, [str(tmp_path)], capsys)
+
+
+def test_visits_and_bonus_of_the_holes(runs, tiny, capsys):
+    """The visits of a column add up to all of that hole; there is a bonus row for each saved RND network."""
+    run = plot_run.open_run(runs["iql_ooo"])
+    tiny(run.args.env_id)
+    holes.main(holes.Args(str(run.path)))
+    visits, bonus = (table.splitlines() for table in capsys.readouterr().out.strip().split("\n\n"))
+    cells = np.array([[int(x.replace(",", "")) for x in line.split("|")[1:-2]] for line in visits[2:]])
+    inside = [holes.in_disc(plot_run.visited(run), disc).sum() for disc in run.args.remove_discs]
+    assert len(cells) == 10 and cells[:, 1:].sum(0).tolist() == inside
+    assert len(bonus) == 2 + len(list(run.path.glob("rnd_*.pt")))
+    assert str(runs["pex"]) in refused(lambda argv: holes.main(holes.Args(*argv)), [str(runs["pex"])], capsys)
+
+
+def test_a_folder_without_the_study_is_one_line(runs, tmp_path, capsys):
+    shutil.copytree(runs["pex"], tmp_path / "run")
+    main = lambda argv: study.main(study.Args(tuple(argv)))  # noqa: E731
+    assert "reproduce.py study" in refused(main, [str(tmp_path)], capsys)
 
 
 def figure6(folder, **environment):

@@ -29,8 +29,8 @@ ARMS = {  # label: (name in reproduce.ALGORITHMS, the policy that is scored)
 ACTED = ("IQL", "IQL + RND", "IQL, equal updates")  # arms whose own policy collected data
 PAIRS = {  # the two planned comparisons first
     MEDIUM: (("OOO (IQL)", "IQL + RND"), ("OOO (IQL)", "IQL's data, retrained"), ("OOO (IQL)", "IQL, equal updates"),
-             ("IQL + RND", "IQL, equal updates"), ("OOO (IQL)", "OOO, no Q bounds"), ("OOO (IQL)", "OOO, no upsampling"),
-             ("OOO + frozen RND, no Q bounds", "OOO, no Q bounds")),
+             ("IQL + RND", "IQL, equal updates"), ("OOO (IQL)", "OOO, no Q bounds"),
+             ("OOO (IQL)", "OOO, no upsampling"), ("OOO + frozen RND, no Q bounds", "OOO, no Q bounds")),
     UMAZE: (("OOO (IQL)", "IQL + RND"), ("OOO (IQL)", "IQL's data, retrained")),
 }
 
