@@ -83,6 +83,7 @@ LABELS = {
     "frozen_rnd": ("IQL + RND", "OOO + frozen RND"), "no_bounds": ("IQL + RND", "OOO without Q bounds"),
     "no_up": ("IQL + RND", "OOO without upsampling"),
     "iql_equal_updates": ("IQL with OOO's updates", "the same retrained"),
+    "rnd_equal_updates": ("IQL + RND with OOO's updates", "the same retrained"),
     "ooo_td3": ("IQL + RND", "OOO with TD3"), "warm": ("IQL + RND", "OOO with warm start"),
     "sync": ("sync IQL + RND", "sync OOO (IQL)"), "td3_rnd": ("TD3 + RND", ""), "pex": ("PEX", ""),
     "calql": ("Cal-QL", "Cal-QL's data retrained"), "calql_ooo": ("Cal-QL + RND", "OOO (Cal-QL)"),

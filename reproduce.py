@@ -75,6 +75,7 @@ ALGORITHMS = {
     "iql": Algorithm("iql_ooo.py", f"{NO_BONUS} --retrain-at"),
     "iql_retrained": Algorithm("iql_ooo.py", NO_BONUS),
     "iql_equal_updates": Algorithm("iql_ooo.py", f"{NO_BONUS} --retrain-at --updates-per-step 3"),
+    "rnd_equal_updates": Algorithm("iql_ooo.py", "--retrain-at --updates-per-step 3"),
     "offline_only": Algorithm("iql_ooo.py", "--offline-steps 0 --online-steps 0 --retrain-at 0"),
     "parity": Algorithm("iql_ooo.py", f"{NO_BONUS} --online-steps 0 --retrain-at"),
     "no_bootstrap": Algorithm("iql_ooo.py", f"{NO_BONUS} --online-steps 0 --retrain-at --no-bootstrap-at-cut"),
@@ -122,7 +123,7 @@ TARGETS = {
     "figure12": [(ADROIT + KITCHEN + HARD, IQL_PAIR)],
     "figure13": [((ANTMAZE,), ("iql_ooo", "warm"))],
     "figure14": [(ADROIT + KITCHEN + HARD, ("iql_ooo", "sync"))],
-    "study": [((MEDIUM,), (*TWO_BY_TWO, "frozen_rnd", "no_bounds", "no_up", "iql_equal_updates")),
+    "study": [((MEDIUM,), (*TWO_BY_TWO, "frozen_rnd", "no_bounds", "no_up", "iql_equal_updates", "rnd_equal_updates")),
               ((UMAZE,), TWO_BY_TWO)],
     "gates": [(GATES, ("offline_only",))],
     "parity": [(GATES, ("parity",)), (GATES[1:], ("no_bootstrap",))],
@@ -179,7 +180,7 @@ def small(env_id, algorithm):
     flags += " --learning-starts 1000" if script == "pex.py" else " --rnd-hidden-dims 256 256"
     flags += f" --retrain-at {online} --retrain-steps {round(ratio * (offline + online))}" if script == "iql_ooo.py" \
         else f" --save-at {online}"
-    if algorithm == "iql_equal_updates":
+    if algorithm.endswith("equal_updates"):
         offline *= 3
     flags += "" if script == "td3_rnd.py" else f" --offline-steps {offline}"
     return merged(flags, ALGORITHMS[algorithm].flags)

@@ -102,7 +102,7 @@ def test_the_small_preset_gives_every_method_of_a_task_the_same_settings(argv):
                      "eval_episodes", "final_episodes", "batch_size", "reward_scale", "retrain_reward_scale"):
             assert len({args[name] for args in parsed.values() if name in args}) == 1, (env_id, name)
         for algorithm, args in parsed.items():
-            alone, equal = algorithm == "offline_only", algorithm == "iql_equal_updates"
+            alone, equal = algorithm == "offline_only", algorithm.endswith("equal_updates")
             assert args["online_steps"] == (0 if alone else online)
             assert args.get("offline_steps", offline) == (0 if alone else 3 * offline if equal else offline)
             assert tuple(args.get("retrain_at", args.get("save_at"))) == ((0,) if alone else () if equal else (online,))
@@ -116,7 +116,8 @@ def test_the_study_has_all_arms():
              for env_id in (reproduce.MEDIUM, reproduce.UMAZE)}
     assert names == {
         reproduce.MEDIUM: ["iql_retrained", "iql_ooo", "offline_only", "frozen_rnd", "no_bounds", "no_up",
-                           "iql_equal_updates"], reproduce.UMAZE: ["iql_retrained", "iql_ooo", "offline_only"]}
+                           "iql_equal_updates", "rnd_equal_updates"],
+        reproduce.UMAZE: ["iql_retrained", "iql_ooo", "offline_only"]}
     assert [run.seed for run in expand("study", "--seeds", "2", "--only", reproduce.UMAZE)] == [1, 1, 1, 2, 2, 2]
 
 

@@ -22,15 +22,17 @@ ARMS = {  # label: (name in reproduce.ALGORITHMS, the policy that is scored)
     "OOO (IQL)": ("iql_ooo", "exploitation"),
     "offline data alone, retrained": ("offline_only", "exploitation"),
     "IQL, equal updates": ("iql_equal_updates", "exploration"),
+    "IQL + RND, equal updates": ("rnd_equal_updates", "exploration"),
     "OOO, no Q bounds": ("no_bounds", "exploitation"),
     "OOO + frozen RND, no Q bounds": ("frozen_rnd", "exploitation"),
     "OOO, no upsampling": ("no_up", "exploitation"),
 }
-ACTED = ("IQL", "IQL + RND", "IQL, equal updates")  # arms whose own policy collected data
+ACTED = ("IQL", "IQL + RND", "IQL, equal updates", "IQL + RND, equal updates")  # arms whose own policy collected data
 PAIRS = {  # the two planned comparisons first
     MEDIUM: (("OOO (IQL)", "IQL + RND"), ("OOO (IQL)", "IQL's data, retrained"), ("OOO (IQL)", "IQL, equal updates"),
-             ("IQL + RND", "IQL, equal updates"), ("OOO (IQL)", "OOO, no Q bounds"),
-             ("OOO (IQL)", "OOO, no upsampling"), ("OOO + frozen RND, no Q bounds", "OOO, no Q bounds")),
+             ("OOO (IQL)", "IQL + RND, equal updates"), ("IQL + RND", "IQL, equal updates"),
+             ("OOO (IQL)", "OOO, no Q bounds"), ("OOO (IQL)", "OOO, no upsampling"),
+             ("OOO + frozen RND, no Q bounds", "OOO, no Q bounds")),
     UMAZE: (("OOO (IQL)", "IQL + RND"), ("OOO (IQL)", "IQL's data, retrained")),
 }
 
