@@ -4,9 +4,10 @@
     python tools/holes.py runs/maze2d-missing-data-large-v1__iql_ooo__1 --rnd copies/*.pt   # copies of checkpoint.pt
 
 A hole is a disc from which all offline data were removed (--remove-discs). Visits: online steps inside it, in each
-tenth of the online phase. Bonus: coefficient times scaled intrinsic reward, averaged over the offline states that were
-removed from the hole (real states, with their speeds), for each saved RND network; beside it the mean over the offline
-data that were kept. Needs the offline data, as training does.
+tenth of the online phase. Bonus: coefficient times scaled intrinsic reward, for each saved RND network, averaged over
+the offline states that were removed from the hole (real states, with their speeds); over the offline data that were
+kept; and over the states in which the explorer was in the last tenth of the online phase. Needs the offline data, as
+training does.
 """
 
 import io
@@ -83,7 +84,8 @@ def main(args):
     holes = [every[in_disc(every[:, :2], disc)] for disc in discs]
     names = [f"({x:g}, {y:g})" + (" (goal)" if np.linalg.norm(env.center - (x, y)) < radius else "")
              for x, y, radius in discs]
-    positions = visited(run)
+    states = visited(run, every.shape[1])
+    positions, last = states[:, :2], states[int(0.9 * len(states)) :]
     ends = [record for record in read_records(run.path / "metrics.jsonl") if "charts/episodic_success" in record]
     edges, rows = np.linspace(0, len(positions), 11).astype(int), []
     for start, stop in zip(edges[:-1], edges[1:], strict=True):
@@ -93,9 +95,10 @@ def main(args):
                      f"{won:.0f} of {len(mine)}"])
     table(["online steps up to", *(f"steps in {name}" for name in names),
            "successful episodes"], rows)
-    rows = [[label, *(f"{mean_bonus(rnd, run.args, x):.2f}" for x in (*holes, data["observations"]))]
+    rows = [[label, *(f"{mean_bonus(rnd, run.args, x):.3f}" for x in (*holes, data["observations"], last))]
             for label, rnd in saved_networks(run, args.rnd, data)]
-    table(["online steps (below 0: pretraining)", *(f"bonus in {name}" for name in names), "on the kept data"], rows)
+    table(["online steps (below 0: pretraining)", *(f"bonus in {name}" for name in names), "on the kept data",
+           "where the explorer was last"], rows)
 
 
 if __name__ == "__main__":

@@ -278,13 +278,14 @@ def draw_offline_data(ax, run, explorer, maze):
     ax.set_title(f"Offline data: {EngFormatter(places=0, sep='')(report['transitions'])} transitions")
 
 
-def visited(run):
-    """Positions (n, 2) of the online transitions that the run has kept, in their order."""
+def visited(run, dims=2):
+    """Positions (n, 2) of the online transitions that the run has kept, in their order; the first dims numbers of
+    their observations."""
     done = max(record["env_step"] for record in run.metrics)
     columns = run.config["replay_columns"]  # {name: [start, stop]} of a row of floats
     width, start = max(stop for _, stop in columns.values()), columns["observations"][0]
     rows = np.fromfile(run.path / "replay.bin", np.float32)
-    return rows[: len(rows) // width * width].reshape(-1, width)[:done, start : start + 2]
+    return rows[: len(rows) // width * width].reshape(-1, width)[:done, start : start + dims]
 
 
 def draw_online_data(ax, run, explorer, maze):
