@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 import iql_ooo as ooo  # noqa: E402
 from reproduce import fail, read_records, run_main  # noqa: E402
 from tools.plot_run import open_run, visited  # noqa: E402
+from tools.study import table  # noqa: E402
 
 MANY = 10_000  # states that a mean is made of, at most
 
@@ -65,10 +66,6 @@ def saved_networks(run, files, data):
         found.append((place, rnd))
     found.sort(key=lambda pair: pair[0])
     return [(f"{t:,}" if t else f"{step - run.args.offline_steps:,}", rnd) for (t, step), rnd in found]
-
-
-def table(head, rows):
-    print("\n".join(f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows)), end="\n\n")
 
 
 def main(args):

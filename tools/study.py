@@ -28,13 +28,11 @@ ARMS = {  # label: (name in reproduce.ALGORITHMS, the policy that is scored)
     "OOO, no upsampling": ("no_up", "exploitation"),
 }
 ACTED = ("IQL", "IQL + RND", "IQL, equal updates", "IQL + RND, equal updates")  # arms whose own policy collected data
-PAIRS = {  # the two planned comparisons first
-    MEDIUM: (("OOO (IQL)", "IQL + RND"), ("OOO (IQL)", "IQL's data, retrained"), ("OOO (IQL)", "IQL, equal updates"),
-             ("OOO (IQL)", "IQL + RND, equal updates"), ("IQL + RND", "IQL, equal updates"),
-             ("OOO (IQL)", "OOO, no Q bounds"), ("OOO (IQL)", "OOO, no upsampling"),
-             ("OOO + frozen RND, no Q bounds", "OOO, no Q bounds")),
-    UMAZE: (("OOO (IQL)", "IQL + RND"), ("OOO (IQL)", "IQL's data, retrained")),
-}
+PLANNED = (("OOO (IQL)", "IQL + RND"), ("OOO (IQL)", "IQL's data, retrained"))
+OTHER_PAIRS = (("OOO (IQL)", "IQL, equal updates"), ("OOO (IQL)", "IQL + RND, equal updates"),
+               ("IQL + RND", "IQL, equal updates"), ("OOO (IQL)", "OOO, no Q bounds"),
+               ("OOO (IQL)", "OOO, no upsampling"), ("OOO + frozen RND, no Q bounds", "OOO, no Q bounds"))
+TASKS = (MEDIUM, UMAZE)
 
 
 @dataclass
@@ -49,7 +47,7 @@ def last_policies(records):
     for label, (name, policy) in ARMS.items():
         for record in records:
             cells = record.cells[policy]
-            if record.env_id in PAIRS and record.config["args"]["exp_name"] == name and cells:
+            if record.env_id in TASKS and record.config["args"]["exp_name"] == name and cells:
                 found.setdefault((record.env_id, label), {})[record.seed] = record, cells[max(cells)]
     return found
 
@@ -59,6 +57,18 @@ def span(seeds):
     seeds = sorted(seeds)
     gap = seeds != list(range(seeds[0], seeds[-1] + 1))
     return " ".join(map(str, seeds)) if gap or len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+
+
+def differences(found, task, pair):
+    """{seed: difference of success from far starts} of the seeds that both arms have."""
+    a, b = (found.get((task, label), {}) for label in pair)
+    return {seed: a[seed][1]["far"] - b[seed][1]["far"] for seed in sorted(a.keys() & b.keys())}
+
+
+def corrected(found, pair):
+    """{task: p}, corrected by Holm for the number of tasks."""
+    values = {task: list(d.values()) for task in TASKS if len(d := differences(found, task, pair)) > 1}
+    return dict(zip(values, report.holm([report.sign_flip(v) for v in values.values()]), strict=True))
 
 
 def collected(record, far):
@@ -75,7 +85,7 @@ def main(args):
     found = last_policies(records)
     if not found:
         fail(f"{' '.join(args.folders)} has no finished runs of the study; make them with: python reproduce.py study")
-    for task in sorted({task for task, _ in found}, key=list(PAIRS).index):
+    for task in (task for task in TASKS if any(task == t for t, _ in found)):
         arms = {label: runs for label in ARMS if (runs := found.get((task, label)))}
         acted = [label for label in ACTED if label in arms]
         seeds = sorted({seed for runs in arms.values() for seed in runs})
@@ -94,13 +104,13 @@ def main(args):
                  for label in acted]
         table(["success from far starts, %, of seed", *seeds], rows)
         rows = []
-        for pair in PAIRS[task]:
-            a, b = (arms.get(label, {}) for label in pair)
-            if len(common := sorted(a.keys() & b.keys())) > 1:
-                differences = [a[seed][1]["far"] - b[seed][1]["far"] for seed in common]
-                p = f"{report.sign_flip(differences):.2g}"
-                rows.append([" - ".join(pair), span(common), report.mean_interval(differences), p])
-        table(["difference of success from far starts, points", "seeds", "mean [95 % interval]", "p"], rows)
+        for pair in PLANNED + OTHER_PAIRS:
+            if len(values := differences(found, task, pair)) > 1:
+                holm = f"{corrected(found, pair)[task]:.2g}" if pair in PLANNED else "not planned"
+                p = f"{report.sign_flip(list(values.values())):.2g}"
+                rows.append([" - ".join(pair), span(values), report.mean_interval(list(values.values())), p, holm])
+        table(["difference of success from far starts, points", "seeds", "mean [95 % interval]", "p",
+               "p, Holm over the mazes"], rows)
 
 
 if __name__ == "__main__":
