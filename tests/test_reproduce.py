@@ -31,7 +31,7 @@ def expand(*argv):
 
 def test_there_is_a_target_for_every_table_and_figure():
     figures = [f"figure{i}" for i in range(2, 15)]
-    assert set(reproduce.TARGETS) == {"table1", "table2", "table3", *figures, "study", "gates", "parity",
+    assert set(reproduce.TARGETS) == {"table1", "table2", "table3", *figures, "study", "large", "gates", "parity",
                                       "smoke"}
 
 
