@@ -85,3 +85,18 @@ def test_the_gate_of_pen():
     cells = [curve[1000 * k] for k in (25, 50, 100, 150, 200, 250, 300)] + [row["exploitation"]["eval/success_rate"]]
     words = " | ".join(str(round(100 * value)) for value in cells)
     assert f"| success, % | {words} |" in (ROOT / "docs" / "results.md").read_text()
+
+
+def test_the_pilot_in_the_large_maze():
+    with tarfile.open(ROOT / "results" / "large.tar.xz") as archive:
+        results, metrics = (archive.extractfile(f"large/maze2d-missing-data-large-v1__pilot__101/{name}").read()
+                            for name in ("results.json", "metrics.jsonl"))
+    (row,), page = json.loads(results)["rows"], (ROOT / "docs" / "results.md").read_text()
+    for label, policy in (("IQL + RND, the explorer", "exploration"),
+                          ("OOO (IQL), retrained on its data", "exploitation")):
+        far, success, score = (row[policy]["eval/" + name]
+                               for name in ("far_success_rate", "success_rate", "normalized_score"))
+        assert f"| {label} | {100 * far:.0f} | {100 * success:.0f} | {score:.1f} |" in page
+    curve = [f"{100 * r['eval/far_success_rate']:.0f}" for r in map(json.loads, metrics.splitlines())
+             if r["phase"] == "retrain" and "eval/far_success_rate" in r]
+    assert f"| success from far starts, % | {' | '.join(curve)} |" in page
