@@ -9,9 +9,19 @@ import numpy as np
 
 import iql_ooo as ooo
 import report
+import tools.first_run as first_run
 import tools.study as study
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+README_CELLS = {  # arm: the row of README's table, and the column of the medium maze
+    "IQL": ("data of IQL", 0), "IQL's data, retrained": ("data of IQL", 1),
+    "IQL + RND": ("data of IQL + RND", 0), "OOO (IQL)": ("data of IQL + RND", 1),
+    "offline data alone, retrained": ("offline data alone", 1),
+    "IQL, equal updates": ("data of IQL with three times the updates", 0),
+    "IQL + RND, equal updates": ("data of IQL + RND with three times the updates (seeds 1 to 5)", 0),
+}
 
 
 def final_evaluations():
@@ -50,7 +60,18 @@ def test_the_tables_of_the_study(tmp_path, capsys):
             assert values["far"] == 100 * summaries[task, name, policy][seed]["eval/far_success_rate"]
         far = [values["far"] for _, values in runs.values()]
         low, high = np.clip(report.t_interval(far), 0, 100)
-        assert re.search(rf"\| (\**){np.mean(far):.0f}\1 \[{low:.0f}, {high:.0f}\]", readme), (task, label)
+        row, column = README_CELLS[label]
+        line = re.search(rf"^\| {re.escape(row)} \|(.*)\|$", readme, flags=re.M)[1].replace("**", "").split("|")
+        words = line[column + 2 * (task == study.UMAZE)].strip()
+        assert words.startswith(f"{np.mean(far):.0f} [{low:.0f}, {high:.0f}]"), (task, label)
+
+
+def test_the_first_run_is_compared_with_the_medium_maze(tmp_path):
+    """Of the packed records only those of its own maze."""
+    summaries, (means, seeds) = final_evaluations(), first_run.study()
+    mine = summaries[study.MEDIUM, "iql_ooo", "exploitation"]
+    assert seeds == len(mine) == 20
+    assert means["OOO (IQL)"] == np.mean([summary["eval/far_success_rate"] for summary in mine.values()])
 
 
 def test_the_example_run_is_the_studys_seed_1():

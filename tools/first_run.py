@@ -28,12 +28,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from plot_run import EXPLOIT, EXPLORE, STYLE, draw_policy, maze_of, open_run, plt  # noqa: E402
 
-from reproduce import fail, run_main  # noqa: E402
+from reproduce import MEDIUM, fail, run_main  # noqa: E402
 
 DATASET = ("--maze", "Medium", "--steps", "100000", "--dataset-id", "ooo/pointmaze/medium-100k-v0")
 # Small networks with larger steps, so that minutes are enough. Chosen on pilot seeds from 101 on (docs/results.md).
 OFFLINE, ONLINE, RETRAIN = 3_000, 20_000, 46_000
-SETTINGS = f"""--env-id maze2d-missing-data-medium-v1 --dataset-id {DATASET[-1]} --hidden-dims 128 128
+SETTINGS = f"""--env-id {MEDIUM} --dataset-id {DATASET[-1]} --hidden-dims 128 128
     --rnd-hidden-dims 256 256 --learning-rate 1e-3 --tau 0.02 --offline-steps {OFFLINE} --online-steps {ONLINE}
     --retrain-at {ONLINE} --retrain-steps {RETRAIN} --eval-every 5000 --eval-episodes 20 --log-every 500
     --checkpoint-every 2000""".split()
@@ -54,7 +54,7 @@ class Args:
 
 
 def folder(args, arm, seed):
-    return Path(args.runs_dir) / f"maze2d-missing-data-medium-v1__first_{arm}__{seed}"
+    return Path(args.runs_dir) / f"{MEDIUM}__first_{arm}__{seed}"
 
 
 def done_steps(path):
@@ -119,7 +119,7 @@ def study():
             if member.name.endswith("results.json"):
                 results = json.loads(archive.extractfile(member).read())
                 for name, (arm, policy) in POLICIES.items():
-                    if results["exp_name"] == arms[arm]:
+                    if (results["env_id"], results["exp_name"]) == (MEDIUM, arms[arm]):
                         found.setdefault(name, []).append(results["rows"][-1][policy]["eval/far_success_rate"])
     return {name: np.mean(rates) for name, rates in found.items()}, len(found["IQL"])
 

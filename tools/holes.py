@@ -57,9 +57,10 @@ def saved_networks(run, files, data):
     for file in map(Path, files or run.path.glob("rnd_*.pt")):
         saved, rnd = ooo.load_torch(file, device, run.config["run_id"]), ooo.make_rnd(run.args, buffer, device)
         if files:
+            if "rnd" not in saved.get("models", {}):
+                fail(f"{file} is not a checkpoint.pt with RND; give copies of the run's checkpoint.pt")
             rnd.load_state_dict(saved["models"]["rnd"]["networks"])
-            progress = saved["progress"]
-            place = progress["env_step"], progress["grad_step"]
+            place = saved["progress"]["env_step"], saved["progress"]["grad_step"]
         else:
             rnd.load_state_dict(saved["rnd"])
             place = int(file.stem.split("_")[1]), 0
@@ -75,9 +76,11 @@ def main(args):
         fail(f"{args.run_dir} is not a run of iql_ooo.py that explored a maze with holes; give one")
     env = ooo.make_env(run.args.env_id)
     with redirect_stdout(io.StringIO()):  # load_dataset's report
-        data, _ = ooo.load_dataset(run.args, env, run.args.seed)
+        data, found = ooo.load_dataset(run.args, env, run.args.seed)
         run.args.remove_discs = []
         every = ooo.load_dataset(run.args, env, run.args.seed)[0]["observations"]
+    if found["sha256"] != run.config["dataset"]["sha256"]:
+        fail(f"the offline data is not what {args.run_dir} was trained on (sha256 differs); give that in the store")
     holes = [every[in_disc(every[:, :2], disc)] for disc in discs]
     names = [f"({x:g}, {y:g})" + (" (goal)" if np.linalg.norm(env.center - (x, y)) < radius else "")
              for x, y, radius in discs]

@@ -4,6 +4,7 @@
     python tools/study.py runs
 """
 
+import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,11 +45,13 @@ class Args:
 def last_policies(records):
     """{(task, label): {seed: (record, measures of the last policy's final evaluation)}}."""
     found = {}
-    for label, (name, policy) in ARMS.items():
-        for record in records:
-            cells = record.cells[policy]
-            if record.env_id in TASKS and record.config["args"]["exp_name"] == name and cells:
-                found.setdefault((record.env_id, label), {})[record.seed] = record, cells[max(cells)]
+    for task, (label, (name, policy)) in itertools.product(TASKS, ARMS.items()):
+        chosen = [(record, policy, max(record.cells[policy])) for record in records if record.env_id == task
+                  and record.config["args"]["exp_name"] == name and record.cells[policy]]
+        if chosen:
+            (group,) = report.grouped(chosen, report.Args(()))  # exit 2 where settings or script texts differ
+            found[task, label] = {seed: (record, record.cells[policy][group.settings["t"]])
+                                  for seed, record in sorted(group.seeds.items())}
     return found
 
 
